@@ -1,0 +1,1 @@
+"""Calibration: observers, scales and quantised weights (empty until it is written)."""

@@ -1,0 +1,1 @@
+"""Compiler: checkpoints, model definitions, capture, passes and engine builders."""

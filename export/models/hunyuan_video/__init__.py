@@ -1,0 +1,1 @@
+"""HunyuanVideo: modules, key maps and stages."""

@@ -1,0 +1,1 @@
+"""Graph passes, one file each; `export.lower` is the ordered list per target."""

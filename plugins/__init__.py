@@ -1,0 +1,1 @@
+"""Attention kernels and their TensorRT registration (empty until they are written)."""

@@ -1,0 +1,1 @@
+"""Sampling runtime: bundles, engines, pipeline, video files. numpy only; no torch, no onnx."""

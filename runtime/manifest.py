@@ -1,0 +1,116 @@
+"""The bundle's manifest: every file, tensor and digest of a bundle, as data (``manifest.json``).
+
+The **content digest** names what the bundle computes and not how its files happen to be cut: it covers the spec, the
+recipe, the target, the prompt template, the tokenizers, each graph with its weights replaced by their digests, and the
+digest of each weight. Two checkpoints in different formats with equal weights therefore give equal content digests.
+The module knows the shape of the data, not how files are read or written (see ``runtime.bundle``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+from reelforge.runtime.codec import to_json
+from reelforge.runtime.recipe import Recipe, Target
+from reelforge.runtime.spec import ModelSpec
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One input or output of a stage; a named dimension is a string, a fixed one a number."""
+
+    name: str
+    dtype: str  # numpy's name: "float32", "int64"
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class WeightEntry:
+    """One weight that a graph references: ``length`` bytes from ``offset`` of ``file`` (relative to the bundle)."""
+
+    name: str
+    dtype: str  # safetensors' name: "BF16", "F16", "F32"
+    shape: tuple[int, ...]
+    file: str
+    offset: int
+    length: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class StageEntry:
+    """One stage of the bundle."""
+
+    name: str
+    graph: str  # file name at the bundle's root
+    graph_digest: str  # of the graph with weights replaced by their digests
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    weights: tuple[WeightEntry, ...]
+    tolerance: float  # largest absolute difference from the fp32 reference at output scale 1-4
+    parity: float | None  # largest absolute difference measured when the bundle was built; None if it was not measured
+    nodes: dict[str, int]  # operator type -> count
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A whole file of the bundle; ``sha256`` is None for weight files, whose referenced ranges have their own."""
+
+    path: str
+    bytes: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """The text around a prompt, with one ``{}`` slot, and how many leading tokens are cropped from the states."""
+
+    text: str
+    crop_start: int
+    source: str  # where it came from: "checkpoint", "diffusers 0.42.1", "--prompt-template"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a bundle says about itself."""
+
+    schema_version: int
+    spec: ModelSpec
+    target: Target
+    recipe: Recipe
+    prompt_template: PromptTemplate
+    stages: tuple[StageEntry, ...]
+    files: tuple[FileEntry, ...]
+    provenance: dict[str, str]  # checkpoint layout, tool and library versions; not part of the content digest
+    content_digest: str
+
+    def stage(self, name: str) -> StageEntry | None:
+        """Return the entry of stage ``name``, or None."""
+        return next((entry for entry in self.stages if entry.name == name), None)
+
+    def with_content_digest(self) -> Manifest:
+        """Return a copy whose ``content_digest`` is computed from the content."""
+        return replace(self, content_digest=content_digest(self))
+
+
+def content_digest(manifest: Manifest) -> str:
+    """Return the sha256 that names what the bundle computes (see the module's docstring)."""
+    tokenizers = {entry.path: entry.sha256 for entry in manifest.files if entry.path.startswith("tokenizers/")}
+    content: dict[str, Any] = {
+        "schema_version": manifest.schema_version,
+        "spec": to_json(manifest.spec),
+        "target": to_json(manifest.target),
+        "recipe": to_json(manifest.recipe),
+        "template": [manifest.prompt_template.text, manifest.prompt_template.crop_start],
+        "tokenizers": tokenizers,
+        "stages": {
+            entry.name: [entry.graph_digest, {weight.name: weight.sha256 for weight in entry.weights}]
+            for entry in manifest.stages
+        },
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
