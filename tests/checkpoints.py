@@ -1,8 +1,8 @@
 """Tiny HunyuanVideo checkpoints for tests, in both public formats, made with libraries other than reelforge's.
 
 ``make_diffusers_checkpoint`` lets diffusers and transformers save randomly initialised models of the full architecture;
-``make_tencent_checkpoint`` rewrites such a folder as Tencent's files with ``torch.cat`` and ``torch.save``, following the
-key map of the specification (section 7) literally, so that the reader's tables have an independent counterpart.
+``make_tencent_checkpoint`` rewrites such a folder as Tencent's files with ``torch.cat`` and ``torch.save``, following
+the key map of the specification (section 7) literally, so that the tables have an independent counterpart.
 Nothing here imports reelforge.
 """
 
