@@ -1,1 +1,40 @@
-"""Sampling runtime: bundles, engines, pipeline, video files. numpy only; no torch, no onnx."""
+"""Sampling runtime: bundles, engines, pipeline, video files. numpy only; no torch, no onnx.
+
+``from reelforge.runtime import Pipeline, Request`` is the public surface. The names are loaded when they are first used
+(PEP 562), so that importing the package costs nothing and a tool that only reads manifests needs no engine. The package
+knows nothing of checkpoints or of how a bundle was compiled.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from reelforge.runtime.bundle.open import Bundle, Check
+    from reelforge.runtime.errors import ReelforgeError
+    from reelforge.runtime.pipeline import Pipeline, Progress
+    from reelforge.runtime.request import Request
+    from reelforge.runtime.video import VideoWriter
+
+__all__ = ["Bundle", "Check", "Pipeline", "Progress", "ReelforgeError", "Request", "VideoWriter"]
+
+_HOMES = {
+    "Bundle": "reelforge.runtime.bundle.open",
+    "Check": "reelforge.runtime.bundle.open",
+    "Pipeline": "reelforge.runtime.pipeline",
+    "Progress": "reelforge.runtime.pipeline",
+    "ReelforgeError": "reelforge.runtime.errors",
+    "Request": "reelforge.runtime.request",
+    "VideoWriter": "reelforge.runtime.video",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

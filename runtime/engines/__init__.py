@@ -1,0 +1,1 @@
+"""Engines: loaded stages. ``engine`` says what an engine is; one module per backend implements it."""

@@ -1,0 +1,133 @@
+"""What an engine is, and the checks that every backend makes before it runs.
+
+An engine is one loaded stage: named arrays in, named arrays out. The module knows tensors' names, types and named
+dimensions; it knows no backend and not what a stage computes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reelforge.runtime.errors import EngineError
+from reelforge.runtime.manifest import TensorInfo
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What a user may decide about execution; backends that lack a setting refuse it rather than ignore it.
+
+    Args:
+        threads: Threads of one operator; None means one per core that this process may use.
+        spinning: Whether idle threads busy-wait for the next operator: a little faster, and it occupies every core.
+        graph_optimization: ``"all"``, ``"extended"``, ``"basic"`` or ``"none"``.
+    """
+
+    threads: int | None = None
+    spinning: bool = True
+    graph_optimization: str = "all"
+
+
+class Engine(Protocol):
+    """A loaded stage."""
+
+    name: str
+    inputs: Mapping[str, TensorInfo]
+    outputs: Mapping[str, TensorInfo]
+
+    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array | None] | None = None) -> dict[str, Array]:
+        """Compute the outputs.
+
+        Args:
+            inputs: Exactly the stage's inputs. Contiguous arrays are read in place.
+            outputs: Which outputs to return; an array is written in place, None lets the engine allocate. Without it,
+                all outputs are returned in arrays of their own.
+
+        Raises:
+            EngineError: If a tensor does not fit the stage, or the backend fails.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back the memory of the engine; it cannot run afterwards. Closing twice is harmless."""
+        ...
+
+
+def thread_count(options: EngineOptions) -> int:
+    """Return the number of threads that ``options`` ask for.
+
+    Raises:
+        EngineError: If it is less than one.
+    """
+    if options.threads is None:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if options.threads < 1:
+        raise EngineError(
+            "the number of threads is not usable.",
+            received=options.threads,
+            expected="1 or more",
+            fix="use --threads 1",
+        )
+    return options.threads
+
+
+def check_inputs(stage: str, infos: Mapping[str, TensorInfo], arrays: Mapping[str, Array]) -> dict[str, int]:
+    """Check names, types, ranks and dimensions of a stage's inputs.
+
+    Returns:
+        The size of every named dimension.
+
+    Raises:
+        EngineError: Naming the tensor and dimension that does not fit, and the tensor it disagrees with.
+    """
+    if set(arrays) != set(infos):
+        missing, unknown = sorted(set(infos) - set(arrays)), sorted(set(arrays) - set(infos))
+        raise EngineError(
+            f"stage {stage!r} was given other inputs than it takes.",
+            received=f"missing {missing}, unknown {unknown}",
+            expected=", ".join(infos),
+        )
+    sizes: dict[str, int] = {}
+    sources: dict[str, str] = {}
+    for name, info in infos.items():
+        check_tensor(stage, info, arrays[name])
+        for dimension, size in zip(info.shape, arrays[name].shape, strict=True):
+            if isinstance(dimension, str) and sizes.setdefault(dimension, size) != size:
+                raise EngineError(
+                    f"inputs {sources[dimension]!r} and {name!r} of stage {stage!r} disagree about {dimension!r}.",
+                    received=f"{sizes[dimension]} and {size}",
+                    expected="one size",
+                )
+            if isinstance(dimension, str):
+                sources.setdefault(dimension, name)
+    return sizes
+
+
+def check_tensor(stage: str, info: TensorInfo, array: Array) -> None:
+    """Check type, rank and fixed dimensions of one tensor.
+
+    Raises:
+        EngineError: If one of them differs.
+    """
+    expected = f"{info.dtype} [{', '.join(str(size) for size in info.shape)}]"
+    received = f"{array.dtype} {list(array.shape)}"
+    fits = array.dtype == np.dtype(info.dtype) and array.ndim == len(info.shape)
+    if not fits or any(
+        isinstance(want, int) and want != size for want, size in zip(info.shape, array.shape, strict=True)
+    ):
+        raise EngineError(
+            f"tensor {info.name!r} of stage {stage!r} has another type or shape.", received=received, expected=expected
+        )
+
+
+def known_shape(info: TensorInfo, sizes: Mapping[str, int]) -> tuple[int, ...] | None:
+    """Return an output's shape if all its dimensions are fixed or named by an input, else None."""
+    shape = [size if isinstance(size, int) else sizes.get(size) for size in info.shape]
+    return tuple(size for size in shape if size is not None) if None not in shape else None

@@ -1,0 +1,190 @@
+"""Stages on ONNX Runtime's CPU provider.
+
+Inputs and outputs are bound where they are (``OrtValue`` over numpy memory), so a call copies nothing. onnxruntime is
+imported when the first engine is loaded. The module does not know which stage it runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from reelforge.runtime.engines.engine import (
+    Array,
+    EngineOptions,
+    check_inputs,
+    check_tensor,
+    known_shape,
+    thread_count,
+)
+from reelforge.runtime.errors import EngineError
+from reelforge.runtime.manifest import StageEntry, TensorInfo
+
+_LEVELS = {
+    "all": "ORT_ENABLE_ALL",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "basic": "ORT_ENABLE_BASIC",
+    "none": "ORT_DISABLE_ALL",
+}
+_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int64": "tensor(int64)", "int32": "tensor(int32)"}
+_SILENT = 4  # only fatal errors: everything else arrives as an exception, whose text the user gets once
+
+
+class OnnxRuntimeEngine:
+    """One stage on the CPU. Make one with :func:`engine_from_onnx`."""
+
+    def __init__(self, name: str, session: Any, runtime: ModuleType, entry: StageEntry) -> None:
+        self.name = name
+        self.inputs: Mapping[str, TensorInfo] = {info.name: info for info in entry.inputs}
+        self.outputs: Mapping[str, TensorInfo] = {info.name: info for info in entry.outputs}
+        self._session: Any | None = session
+        self._runtime = runtime
+
+    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array | None] | None = None) -> dict[str, Array]:
+        """Compute the outputs (see :class:`reelforge.runtime.engines.engine.Engine`)."""
+        if self._session is None:
+            raise EngineError(f"stage {self.name!r} was run after its engine was closed.")
+        sizes = check_inputs(self.name, self.inputs, inputs)
+        targets = self._targets(sizes, inputs, outputs)
+        binding = self._session.io_binding()
+        value_of = self._runtime.OrtValue.ortvalue_from_numpy
+        # The binding borrows the memory, so the arrays (among them copies of strided inputs) must outlive the call.
+        borrowed = {name: array if array.flags.c_contiguous else array.copy() for name, array in inputs.items()}
+        for name, array in borrowed.items():
+            binding.bind_ortvalue_input(name, value_of(array))
+        for name, target in targets.items():
+            if target is None:
+                binding.bind_output(name, "cpu")
+            else:
+                binding.bind_ortvalue_output(name, value_of(target))
+        run_options = self._runtime.RunOptions()
+        run_options.log_severity_level = _SILENT
+        try:
+            self._session.run_with_iobinding(binding, run_options)
+        except _exceptions(self._runtime) as error:
+            raise EngineError(
+                f"stage {self.name!r} failed in ONNX Runtime.",
+                received=", ".join(f"{name} {list(array.shape)}" for name, array in inputs.items()),
+                fix=_first_line(error),
+            ) from error
+        values = dict(zip(targets, binding.get_outputs(), strict=True))
+        return {name: values[name].numpy() if target is None else target for name, target in targets.items()}
+
+    def close(self) -> None:
+        """Release the session and its weights."""
+        self._session = None
+
+    def _targets(
+        self, sizes: Mapping[str, int], inputs: Mapping[str, Array], outputs: Mapping[str, Array | None] | None
+    ) -> dict[str, Array | None]:
+        """Return where each wanted output goes; None where its shape is only known after the run."""
+        targets: dict[str, Array | None] = {}
+        for name, target in (dict.fromkeys(self.outputs) if outputs is None else outputs).items():
+            if name not in self.outputs:
+                raise EngineError(
+                    f"stage {self.name!r} has no output {name!r}.", received=name, expected=", ".join(self.outputs)
+                )
+            info = self.outputs[name]
+            shape = known_shape(info, sizes)
+            if target is None:
+                targets[name] = None if shape is None else np.empty(shape, np.dtype(info.dtype))
+                continue
+            check_tensor(self.name, info, target)
+            if shape is not None and target.shape != shape:
+                raise EngineError(
+                    f"the buffer for output {name!r} of stage {self.name!r} has another shape.",
+                    received=list(target.shape),
+                    expected=str(list(shape)),
+                )
+            if not target.flags.c_contiguous or not target.flags.writeable:
+                raise EngineError(
+                    f"the buffer for output {name!r} of stage {self.name!r} is not contiguous and writable."
+                )
+            if any(np.may_share_memory(target, array) for array in inputs.values()):
+                raise EngineError(f"the buffer for output {name!r} of stage {self.name!r} overlaps an input.")
+            targets[name] = target
+        return targets
+
+
+def engine_from_onnx(path: Path, entry: StageEntry, options: EngineOptions | None = None) -> OnnxRuntimeEngine:
+    """Load the stage ``entry`` from its graph.
+
+    Args:
+        path: The ONNX file; the weights that it refers to lie below its folder.
+        entry: The stage's tensors as the manifest states them; the graph must have the same.
+        options: Threads, spinning and optimisation.
+
+    Raises:
+        EngineError: If onnxruntime is not installed, refuses the graph, or the graph's tensors are not the entry's.
+    """
+    options = options or EngineOptions()
+    if options.graph_optimization not in _LEVELS:
+        raise EngineError(
+            "the graph optimisation level is not known.",
+            received=options.graph_optimization,
+            expected=" or ".join(_LEVELS),
+        )
+    runtime = _import_onnxruntime()
+    settings = runtime.SessionOptions()
+    settings.intra_op_num_threads = thread_count(options)
+    settings.inter_op_num_threads = 1
+    settings.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
+    settings.graph_optimization_level = getattr(runtime.GraphOptimizationLevel, _LEVELS[options.graph_optimization])
+    settings.log_severity_level = _SILENT
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spinning else "0")
+    try:
+        session = runtime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+    except _exceptions(runtime) as error:
+        raise EngineError(
+            f"ONNX Runtime refuses the graph {path.name!r} of stage {entry.name!r}.",
+            received=_first_line(error),
+            expected=f"a graph that onnxruntime {runtime.__version__} can load",
+            fix="rebuild the bundle with build-engine, or install the onnxruntime that its manifest names",
+        ) from error
+    _check_signature(entry, session)
+    return OnnxRuntimeEngine(entry.name, session, runtime, entry)
+
+
+def _import_onnxruntime() -> ModuleType:
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise EngineError(
+            "onnxruntime is not installed, and this bundle's engines run on it.",
+            received=str(error),
+            expected="the package onnxruntime",
+            fix="pip install reelforge[cpu]",
+        ) from error
+
+
+def _check_signature(entry: StageEntry, session: Any) -> None:
+    """The graph has the tensors that the manifest states, so that later messages can rely on the manifest."""
+    for kind, infos, nodes in (
+        ("inputs", entry.inputs, session.get_inputs()),
+        ("outputs", entry.outputs, session.get_outputs()),
+    ):
+        stated = {info.name: _TYPES.get(info.dtype, info.dtype) for info in infos}
+        found = {node.name: node.type for node in nodes}
+        if stated != found:
+            raise EngineError(
+                f"the graph of stage {entry.name!r} has other {kind} than its manifest states.",
+                received=", ".join(f"{name} {kind}" for name, kind in found.items()),
+                expected=", ".join(f"{name} {kind}" for name, kind in stated.items()),
+                fix="rebuild the bundle with build-engine",
+            )
+
+
+def _exceptions(runtime: ModuleType) -> tuple[type[Exception], ...]:
+    """Return what onnxruntime raises: its own classes, which have no common base, and pybind's translations."""
+    state = runtime.capi.onnxruntime_pybind11_state
+    own = (getattr(state, name) for name in dir(state))
+    return (*(kind for kind in own if isinstance(kind, type) and issubclass(kind, Exception)), RuntimeError, ValueError)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:500] if str(error).strip() else type(error).__name__

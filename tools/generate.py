@@ -1,0 +1,202 @@
+"""``reelforge generate``: a prompt and a bundle to a video file.
+
+Knows the options and the progress display; the work is in ``runtime``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from reelforge.runtime.bundle.open import Bundle, Check
+from reelforge.runtime.engines.engine import EngineOptions
+from reelforge.runtime.errors import OutputError, RequestError
+from reelforge.runtime.pipeline import Pipeline, to_uint8
+from reelforge.runtime.pipeline import Progress as Step
+from reelforge.runtime.request import Request
+from reelforge.runtime.video import VideoWriter
+from reelforge.tools import console
+
+_PHASES = ("text", "conditioning", "sampling", "decoding")
+
+
+@click.command(epilog=console.EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("-p", "--prompt", help="What to show. It may be empty ('').")
+@click.option("--prompt-file", type=click.Path(path_type=Path), help="Read the prompt from this UTF-8 text file.")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    help="Where the video goes: out.mp4, out.webm, out.gif, out.png (one frame), or frames/%04d.png. An existing file "
+    "is replaced when the new one is complete.",
+)
+@click.option("--height", type=int, help="Pixels.  [default: the model's]")
+@click.option("--width", type=int, help="Pixels.  [default: the model's]")
+@click.option("--frames", type=int, help="Number of frames, 4k+1; 1 makes a picture.  [default: the model's]")
+@click.option("--steps", type=int, help="Sampling steps.  [default: the model's]")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of the noise; the same seed, the same video."
+)
+@click.option("--guidance", type=float, help="Embedded guidance scale.  [default: the model's]")
+@click.option("--shift", type=float, help="Shift of the noise schedule.  [default: the model's]")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads per operator.  [default: one per core]")
+@click.option(
+    "--save-latents",
+    type=click.Path(path_type=Path),
+    help="Also write the final latents to this .npy file, before decoding starts.",
+)
+@click.option(
+    "--check",
+    type=click.Choice([check.value for check in Check]),
+    default=Check.FULL.value,
+    show_default=True,
+    help="How the bundle is checked first: every digest, or only presence and sizes (instant for large bundles).",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object about the result on stdout, and no bars.")
+def generate(
+    bundle: Path,
+    prompt: str | None,
+    prompt_file: Path | None,
+    output: str,
+    height: int | None,
+    width: int | None,
+    frames: int | None,
+    steps: int | None,
+    seed: int,
+    guidance: float | None,
+    shift: float | None,
+    threads: int | None,
+    save_latents: Path | None,
+    check: str,
+    as_json: bool,
+) -> None:
+    """Generate a video from a prompt with BUNDLE, a folder made by `build-engine`.
+
+    The request, the bundle and the output path are checked before sampling starts, and the video appears under its name
+    only when it is complete. Prompts that are longer than the model reads are cut, with a notice.
+
+    \b
+    Examples:
+      reelforge generate my.bundle -p "a cat on a beach, sunset" -o cat.mp4
+      reelforge generate my.bundle --prompt-file prompt.txt -o cat.webm --steps 30 --seed 7
+      reelforge generate my.bundle -p "a red ball" --frames 1 -o ball.png
+      reelforge generate my.bundle -p "a red ball" -o frames/%04d.png --json
+    """  # noqa: D301 - \b is click's mark for text that it does not wrap
+    request = Request(_prompt(prompt, prompt_file), height, width, frames, steps, seed, guidance, shift)
+    started = time.monotonic()
+    with _bars(hidden=as_json) as bars:
+        pipeline = Pipeline(_open(bundle, Check(check), bars), EngineOptions(threads=threads))
+        resolved = pipeline.resolve(request)
+        if save_latents is not None:
+            _require_writable(save_latents)
+        shape = resolved.shape
+        rate = pipeline.spec.defaults.frames_per_second
+        notices: list[str] = []
+        tasks = {phase: bars.add_task(phase, total=None, visible=False) for phase in _PHASES}
+
+        def show(step: Step) -> None:
+            bars.update(tasks[step.phase], completed=step.done, total=step.total, visible=True)
+
+        with VideoWriter(output, shape.height, shape.width, shape.frames, rate) as video:
+            for batch in pipeline.stream(request, show, save_latents=save_latents, on_notice=notices.append):
+                video.write(to_uint8(batch))
+    seconds = time.monotonic() - started
+    for notice in notices:
+        console.print_notice(notice)
+    if as_json:
+        result = {
+            "output": output,
+            "prompt": resolved.prompt,
+            "height": shape.height,
+            "width": shape.width,
+            "frames": shape.frames,
+            "frames_per_second": rate,
+            "steps": resolved.steps,
+            "seed": resolved.seed,
+            "guidance": resolved.guidance,
+            "shift": resolved.shift,
+            "latents": None if save_latents is None else str(save_latents),
+            "seconds": round(seconds, 3),
+            "notices": notices,
+            "bundle": pipeline.bundle.manifest.content_digest,
+        }
+        click.echo(json.dumps(result))
+    else:
+        click.echo(f"{output}: {shape.frames} frames of {shape.width}x{shape.height} in {seconds:.1f} s", err=True)
+
+
+def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
+    if (prompt is None) == (prompt_file is None):
+        raise RequestError(
+            "the prompt is given twice." if prompt is not None else "there is no prompt.",
+            expected="one of -p TEXT and --prompt-file FILE",
+            fix="add -p 'what to show'" if prompt is None else "leave one of them out",
+        )
+    if prompt_file is None:
+        assert prompt is not None
+        return prompt
+    try:
+        return prompt_file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"the prompt file {str(prompt_file)!r} is not UTF-8 at byte {error.start}.",
+            received=f"byte 0x{error.object[error.start]:02x}",
+            expected="UTF-8 text",
+            fix="save the file as UTF-8",
+        ) from error
+    except OSError as error:
+        raise RequestError(
+            f"the prompt file {str(prompt_file)!r} cannot be read: {error.strerror or error}.",
+            expected="a readable UTF-8 text file",
+        ) from error
+
+
+def _open(path: Path, check: Check, bars: Progress) -> Bundle:
+    task = bars.add_task("bundle", total=None, visible=False)
+
+    def show(done: int, total: int) -> None:
+        # In megabytes, because the column shows whole numbers.
+        bars.update(task, completed=done >> 20, total=total >> 20, visible=total >> 20 > 0)
+
+    return Bundle.open(path, check, show)
+
+
+def _require_writable(path: Path) -> None:
+    """Find out before sampling whether the latents can be written."""
+    probe = path.with_name(f".{path.name}.probe-{os.getpid()}")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(21, "it is a folder", str(path))
+        try:
+            probe.open("xb").close()
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"the latents cannot be written to {str(path)!r}: {error.strerror or error}.",
+            expected="a file in a folder that this user may write",
+            fix="choose another path with --save-latents",
+        ) from error
+
+
+@contextmanager
+def _bars(hidden: bool) -> Iterator[Progress]:
+    columns = (
+        TextColumn("{task.description:>12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    terminal = Console(stderr=True)
+    with Progress(*columns, console=terminal, disable=hidden or not terminal.is_terminal) as bars:
+        yield bars

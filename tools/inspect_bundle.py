@@ -1,0 +1,161 @@
+"""``reelforge inspect``: what a bundle contains, for people and for machines.
+
+Knows the manifest only; no engine is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from reelforge.runtime.bundle.open import Bundle, Check
+from reelforge.runtime.codec import to_json
+from reelforge.runtime.manifest import Manifest, StageEntry
+from reelforge.runtime.request import default_shape
+from reelforge.tools import console
+
+_NUMBERS = {"weights", "tensors", "parity", "limit"}
+
+
+@click.command(epilog=console.EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--check",
+    type=click.Choice([check.value for check in Check]),
+    default=Check.FULL.value,
+    show_default=True,
+    help="What is verified: every digest, or only presence and sizes (instant for large bundles).",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+def inspect(bundle: Path, check: str, as_json: bool) -> None:
+    """Show what BUNDLE contains: stages, tensors, precision, weights, digests, parity and provenance.
+
+    The bundle is checked first, so the command also answers whether a copy is intact.
+
+    \b
+    Examples:
+      reelforge inspect my.bundle
+      reelforge inspect my.bundle --check sizes
+      reelforge inspect my.bundle --json | jq -r .content_digest
+    """  # noqa: D301 - \b is click's mark for text that it does not wrap
+    opened = Bundle.open(bundle, Check(check))
+    if as_json:
+        click.echo(json.dumps(summary(opened, Check(check)), ensure_ascii=False))
+    else:
+        _print(opened, Check(check))
+
+
+def summary(bundle: Bundle, check: Check) -> dict[str, Any]:
+    """Return everything that the command knows about a bundle, as JSON types; weights are counted, not listed."""
+    manifest = bundle.manifest
+    return {
+        "bundle": str(bundle.path),
+        "check": check.value,
+        "schema_version": manifest.schema_version,
+        "content_digest": manifest.content_digest,
+        "target": str(manifest.target),
+        "spec": to_json(manifest.spec),
+        "recipe": to_json(manifest.recipe),
+        "prompt_template": to_json(manifest.prompt_template),
+        "files_bytes": sum(entry.bytes for entry in manifest.files),
+        "stages": [_stage_summary(manifest, entry) for entry in manifest.stages],
+        "files": to_json(manifest.files),
+        "provenance": dict(manifest.provenance),
+    }
+
+
+def _stage_summary(manifest: Manifest, entry: StageEntry) -> dict[str, Any]:
+    return {
+        "name": entry.name,
+        "graph": entry.graph,
+        "graph_digest": entry.graph_digest,
+        "precision": _precision(manifest, entry),
+        "inputs": to_json(entry.inputs),
+        "outputs": to_json(entry.outputs),
+        "weights": len(entry.weights),
+        "weights_bytes": weights_bytes(entry),
+        "weight_files": sorted({weight.file for weight in entry.weights}),
+        "nodes": dict(entry.nodes),
+        "tolerance": entry.tolerance,
+        "parity": entry.parity,
+    }
+
+
+def weights_bytes(entry: StageEntry) -> int:
+    """Return how many bytes of weights a stage refers to; a range that it uses twice counts once."""
+    return sum(length for _, _, length in {(weight.file, weight.offset, weight.length) for weight in entry.weights})
+
+
+def _precision(manifest: Manifest, entry: StageEntry) -> str:
+    precision = manifest.recipe.precision.get(entry.name)
+    return precision.value if precision is not None else "unstated"
+
+
+def _print(bundle: Bundle, check: Check) -> None:
+    manifest = bundle.manifest
+    screen = Console(highlight=False)
+    shapes = ", ".join(str(shape) for shape in manifest.recipe.shapes) or "every size of the model's grid"
+    facts = Table.grid(padding=(0, 2))
+    for name, value in (
+        ("bundle", f"{bundle.path} ({console.format_bytes(sum(entry.bytes for entry in manifest.files))})"),
+        ("check", "every digest fits" if check is Check.FULL else "every file is present with its size"),
+        ("model", manifest.spec.family),
+        ("target", str(manifest.target)),
+        ("shapes", f"{shapes}; default {default_shape(manifest)} (height x width x frames)"),
+        ("content", manifest.content_digest),
+        ("template", f"{manifest.prompt_template.source}, crops {manifest.prompt_template.crop_start} tokens"),
+        *sorted(manifest.provenance.items()),
+    ):
+        facts.add_row(name, value)
+    screen.print(facts)
+    screen.print(_stage_table(manifest))
+    screen.print(_tensor_table(manifest))
+    screen.print(_node_table(manifest))
+
+
+def _stage_table(manifest: Manifest) -> Table:
+    table = Table(header_style="bold")
+    for column in ("stage", "precision", "weights", "tensors", "parity", "limit", "digest"):
+        table.add_column(column, no_wrap=True, justify="right" if column in _NUMBERS else "left")
+    for entry in manifest.stages:
+        table.add_row(
+            entry.name,
+            _precision(manifest, entry),
+            console.format_bytes(weights_bytes(entry)),
+            str(len(entry.weights)),
+            "not measured" if entry.parity is None else f"{entry.parity:.1e}",
+            f"{entry.tolerance:.0e}",
+            entry.graph_digest[:12],
+        )
+    return table
+
+
+def _node_table(manifest: Manifest) -> Table:
+    table = Table(header_style="bold")
+    table.add_column("stage")
+    table.add_column("nodes", justify="right")
+    table.add_column("by type")
+    for entry in manifest.stages:
+        kinds = sorted(entry.nodes.items(), key=lambda item: (-item[1], item[0]))
+        row = ", ".join(f"{count} {kind}" for kind, count in kinds)
+        table.add_row(entry.name, str(sum(entry.nodes.values())), row)
+    return table
+
+
+def _tensor_table(manifest: Manifest) -> Table:
+    table = Table(header_style="bold")
+    for column in ("stage", "", "tensor", "type", "shape"):
+        table.add_column(column, overflow="fold")
+    for entry in manifest.stages:
+        tensors = [("in", info) for info in entry.inputs] + [("out", info) for info in entry.outputs]
+        for index, (direction, info) in enumerate(tensors):
+            shape = Text(f"[{', '.join(str(size) for size in info.shape)}]")
+            last = index == len(tensors) - 1
+            table.add_row("" if index else entry.name, direction, info.name, info.dtype, shape, end_section=last)
+    return table
