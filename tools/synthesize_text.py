@@ -7,6 +7,7 @@ configuration's vocabulary has beyond that is filler that no text reaches. The m
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 
@@ -168,21 +169,34 @@ def clip_files(spec: ClipSpec) -> dict[str, bytes]:
     """Return ``vocab.json`` and ``merges.txt`` of CLIP's byte-level BPE with ``</w>`` at the end of words."""
     alphabet = byte_alphabet()
     tokens = [*alphabet, *(f"{letter}</w>" for letter in alphabet)]
-    merges: list[str] = []
-    for word in dict.fromkeys(_WORD_LIST.split()):
-        prefix = word[0]
-        for letter in word[1:-1]:
-            merges.append(f"{prefix} {letter}")
-            prefix += letter
-        if len(word) > 1:
-            merges.append(f"{prefix} {word[-1]}</w>")
     specials = clip_specials(spec)
     room = min(specials.values()) - len(tokens)
-    kept = list(dict.fromkeys(merges))[:room]  # short of room the last words fall back to their letters
-    tokens += [merge.replace(" ", "") for merge in kept]
+    merges = _merges(_WORD_LIST.split())[:room]  # short of room the last words stay in pieces
+    tokens += [first + second for first, second in merges]
     vocabulary = _fill(iter(tokens), {}, min(specials.values()))
     vocabulary.update(specials)
-    return {"vocab.json": _json(vocabulary), "merges.txt": ("\n".join(["#version: 0.2", *kept]) + "\n").encode()}
+    return {
+        "vocab.json": _json(vocabulary),
+        "merges.txt": ("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges)]) + "\n").encode(),
+    }
+
+
+def _merges(words: list[str]) -> list[tuple[str, str]]:
+    """Return merges, by falling priority, that join each of ``words`` (ASCII) into one token with ``</w>``.
+
+    A word is first split by the merges so far; what is left is joined from the left by new merges of lower priority,
+    which cannot change the words before it, since those are one token already.
+    """
+    merges: dict[tuple[str, str], int] = {}
+    for word in words:
+        pieces = [*word[:-1], f"{word[-1]}</w>"]
+        while len(pieces) > 1:
+            pairs = list(itertools.pairwise(pieces))
+            best = min(pairs, key=lambda pair: merges.get(pair, len(merges)))
+            merges.setdefault(best, len(merges))
+            i = pairs.index(best)
+            pieces[i : i + 2] = [best[0] + best[1]]
+    return list(merges)
 
 
 def crop_start(tokenizer_file: bytes, template: str) -> int:
