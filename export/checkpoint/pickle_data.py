@@ -211,12 +211,16 @@ def _rebuilt(function: Any, arguments: Any) -> Any:
         storage, offset, shape, stride = arguments[:4]
         if not isinstance(storage, StorageRecord):
             raise PickleRefusedError("a tensor without a storage")
-        dtype = storage.dtype if name == "_rebuild_tensor_v2" else TORCH_DTYPES[arguments[6].name]
+        dtype = storage.dtype if name == "_rebuild_tensor_v2" else _dtype(arguments[6])
         if dtype is None:
             raise PickleRefusedError("a tensor without a type")
         (start,) = _counts((offset,))
         return TensorRecord(storage, dtype, start, _counts(shape), _counts(stride))
     raise PickleRefusedError(f"a call of {name or function!r}")
+
+
+def _dtype(value: Any) -> str | None:
+    return TORCH_DTYPES.get(value.name) if isinstance(value, _Name) else None
 
 
 def _build(stack: list[Any]) -> None:

@@ -81,35 +81,36 @@ class TensorRef:
         left = self.nbytes
         buffer = np.empty(min(limit, left), np.uint8)
         with self.path.open("rb", buffering=0) as file:
-            position = self.offset
+            position = 0
             while left:
                 piece = buffer[: min(limit, left)]
-                filled = 0
-                while filled < len(piece):  # a read may come back short, a piece must hold whole elements
-                    received = os.preadv(file.fileno(), [piece[filled:].data], position + filled)
-                    if received == 0:
-                        raise self._cut_short(position + filled)
-                    filled += received
+                self.read_into(file.fileno(), piece, position)
                 yield piece
-                position += filled
-                left -= filled
+                position += len(piece)
+                left -= len(piece)
 
-    def _cut_short(self, position: int) -> CheckpointError:
-        return CheckpointError(
-            f"{self.path} ends in the middle of tensor {self.name!r}.",
-            received=f"{position} bytes",
-            expected=f"at least {self.offset + self.nbytes} bytes",
-            fix="the file changed after it was opened; restore it and start again",
-        )
+    def read_into(self, descriptor: int, buffer: NDArray[np.uint8], position: int) -> None:
+        """Fill ``buffer`` with the tensor's bytes from ``position``; ``descriptor`` is its file, open for reading.
+
+        Raises:
+            CheckpointError: If the file ends before the buffer is full.
+        """
+        filled = 0
+        while filled < len(buffer):
+            received = os.preadv(descriptor, [buffer[filled:].data], self.offset + position + filled)
+            if received == 0:
+                raise CheckpointError(
+                    f"{self.path} ends in the middle of tensor {self.name!r}.",
+                    received=f"{self.offset + position + filled} bytes",
+                    expected=f"at least {self.offset + self.nbytes} bytes",
+                    fix="the file changed after it was opened; restore it and start again",
+                )
+            filled += received
 
 
 def mapped(ref: TensorRef) -> NDArray[Any]:
     """Return the tensor as a read-only memory-mapped array of its own type (``ml_dtypes`` for BF16 and FP8)."""
-    return mapped_bytes(ref).view(DTYPES[ref.dtype]).reshape(ref.shape)
-
-
-def mapped_bytes(ref: TensorRef) -> NDArray[np.uint8]:
-    """Return the tensor's bytes as a read-only memory-mapped array ``[nbytes]``."""
     if ref.nbytes == 0:
-        return np.empty(0, np.uint8)
-    return np.memmap(ref.path, np.uint8, "r", ref.offset, (ref.nbytes,))
+        return np.empty(ref.shape, DTYPES[ref.dtype])
+    data = np.memmap(ref.path, np.uint8, "r", ref.offset, (ref.nbytes,))
+    return data.view(DTYPES[ref.dtype]).reshape(ref.shape)
