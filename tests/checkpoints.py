@@ -176,7 +176,9 @@ def make_diffusers_checkpoint(
     )
     for module in (transformer, vae, llm, clip):
         randomize(module, generator)
-        module.to(dtype=dtype).eval()
+        module.eval()
+        if dtype is not torch.float32:
+            module.to(dtype=dtype)
 
     pipeline = HunyuanVideoPipeline(
         text_encoder=llm,

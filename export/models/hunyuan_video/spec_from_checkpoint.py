@@ -199,11 +199,11 @@ def _dit_from_tensors(component: Component) -> DitSpec:
             expected="the same number; an image-to-video model takes more",
             fix="use the text-to-video checkpoint",
         )
-    if width % head_dim or head_dim % 16:
+    if width % head_dim or head_dim % 32:  # the three rotary axes take even parts of 2:7:7
         raise CheckpointError(
             f"the transformer in {component.where} has heads of an unexpected size.",
             received=f"width {width}, heads of {head_dim}",
-            expected="a multiple of 16 that divides the width",
+            expected="heads of a multiple of 32 that divides the width",
             fix="use a HunyuanVideo text-to-video checkpoint",
         )
     return DitSpec(

@@ -117,7 +117,7 @@ def test_both_layouts_give_equal_parameters(diffusers_folder: Path, tencent_fold
         {"guidance_embedding": False, "double_blocks": 1, "single_blocks": 3, "refiner_blocks": 1, "seed": 5},
         {
             "heads": 3,
-            "head_dim": 16,
+            "head_dim": 64,
             "mlp_ratio": 2.0,
             "latent_channels": 6,
             "vae_layers": 2,
@@ -190,7 +190,7 @@ def test_everything_that_differs_is_listed_at_once(diffusers_copy: Path) -> None
         tensors["post_quant_conv.weight"] = tensors["post_quant_conv.weight"].to(torch.float8_e4m3fn)
 
     rewrite_vae(diffusers_copy, change)
-    with pytest.raises(CheckpointError, match="the vae in .* does not have the tensors") as caught:
+    with pytest.raises(CheckpointError, match=r"the vae in .* does not have the tensors") as caught:
         resolved(open_checkpoint(diffusers_copy), shapes)
     text = str(caught.value)
     assert "missing (1):\n      decoder.conv_in.conv.bias for vae_decoder.decoder.conv_in.conv.bias" in text

@@ -93,7 +93,7 @@ def test_shards_and_index_must_agree(diffusers_copy: Path) -> None:
     weight_map = json.loads(index.read_text())["weight_map"]
     shard = weight_map.pop("proj_out.bias")
     edit(index, weight_map=weight_map)
-    with pytest.raises(CheckpointError, match="1 stored but not listed: proj_out.bias"):
+    with pytest.raises(CheckpointError, match=r"1 stored but not listed: proj_out\.bias"):
         open_checkpoint(diffusers_copy)
     edit(index, weight_map={**weight_map, "proj_out.bias": shard, "ghost": shard})
     with pytest.raises(CheckpointError, match="1 listed but not stored: ghost"):

@@ -141,7 +141,7 @@ def half_split_rotation(x: np.ndarray, angles: np.ndarray) -> np.ndarray:
 def test_attention_scores_are_unchanged(
     tmp_path_factory: pytest.TempPathFactory, seed: int, head_dim: int, heads: int
 ) -> None:
-    """Half-split rotation of reordered projections gives the scores of interleaved rotation, norm included (float64)."""
+    """Half-split rotation of reordered projections gives the scores of interleaved rotation (float64)."""
     rng = np.random.default_rng(seed)
     width = heads * head_dim
     weights = {name: rng.standard_normal((width, 6)) for name in ("q", "k")}

@@ -1,5 +1,6 @@
 """The reader of PyTorch's zip files against torch.save, and against files that carry code or damage."""
 
+import contextlib
 import io
 import os
 import pickle
@@ -153,10 +154,8 @@ def test_damaged_pickles_raise_one_error(data: st.DataObject) -> None:
         content = bytearray(archive.read("archive/data.pkl"))
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    try:
+    with contextlib.suppress(PickleRefusedError):
         read_pickle(bytes(content))
-    except PickleRefusedError as error:
-        assert str(error)
 
 
 def test_refuses_a_bare_pickle(tmp_path: Path) -> None:
