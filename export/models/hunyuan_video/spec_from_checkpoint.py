@@ -29,6 +29,7 @@ FAMILY = "hunyuan_video"
 NORM_EPS = 1e-6
 ROPE_THETA = 256.0
 SINUSOID_WIDTH = 256
+MLP_RATIO = 4
 MAX_TEXT_TOKENS = 256
 SKIPPED_LLM_LAYERS = 2  # the state is hidden_states[-3]
 LEGACY_CLIP_EOS = 2  # configurations of that time say 2 and mean the largest id
@@ -143,6 +144,8 @@ def _dit_from_config(component: Component) -> DitSpec:
     config.require("qk_norm", "rms_norm")
     channels = config.count("in_channels", 16)
     config.require("out_channels", channels, absent_is_fine=channels == 16)
+    # The token refiner of diffusers is four times as wide whatever the setting says: no other ratio fits one number.
+    config.require("mlp_ratio", MLP_RATIO)
     heads, head_dim = config.count("num_attention_heads", 24), config.count("attention_head_dim", 128)
     axes = config.counts("rope_axes_dim", (16, 56, 56))
     if len(axes) != 3 or sum(axes) != head_dim or any(axis % 2 for axis in axes):
@@ -158,7 +161,7 @@ def _dit_from_config(component: Component) -> DitSpec:
         double_blocks=config.count("num_layers", 20),
         single_blocks=config.count("num_single_layers", 40),
         refiner_blocks=config.count("num_refiner_layers", 2),
-        mlp_width=int(heads * head_dim * config.number("mlp_ratio", 4.0)),
+        mlp_width=heads * head_dim * MLP_RATIO,
         latent_channels=channels,
         patch=(config.count("patch_size_t", 1), patch, patch),
         text_width=config.count("text_embed_dim", 4096),

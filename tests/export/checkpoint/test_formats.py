@@ -118,7 +118,6 @@ def test_both_layouts_give_equal_parameters(diffusers_folder: Path, tencent_fold
         {
             "heads": 3,
             "head_dim": 64,
-            "mlp_ratio": 2.0,
             "latent_channels": 6,
             "vae_layers": 2,
             "llm_layers": 3,
