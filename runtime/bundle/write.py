@@ -28,6 +28,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 
+from reelforge.runtime.bundle.copying import copy_with_holes
 from reelforge.runtime.bundle.digest import ByteRange, sha256_of_ranges
 from reelforge.runtime.bundle.open import MANIFEST_NAME
 from reelforge.runtime.codec import to_json
@@ -96,6 +97,11 @@ class BundleWriter:
         if error is None and not self._sealed:
             raise RuntimeError("BundleWriter was left without seal(): nothing was written")
 
+    @property
+    def folder(self) -> Path:
+        """The unfinished folder, for reading back what was written."""
+        return self._partial
+
     def path(self, name: str) -> Path:
         """Return where to write file ``name`` (relative to the bundle, ``/`` between folders); its folder is made."""
         relative = PurePosixPath(name)
@@ -152,7 +158,7 @@ class BundleWriter:
             self._linked.add(name)
             return Placement.LINKED
         with self._disk_errors(original.stat().st_size):
-            shutil.copyfile(original, path)
+            copy_with_holes(original, path)
         return Placement.COPIED
 
     def require_space(self, needed_bytes: int) -> None:

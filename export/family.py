@@ -1,0 +1,64 @@
+"""Family: what the compiler needs to know of a model family, as a table of functions.
+
+A new family is a folder under ``export/models`` and one entry in ``FAMILIES``; nothing else asks which family it
+serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from reelforge.export.checkpoint.component import Checkpoint, Layout
+from reelforge.export.checkpoint.match import Explained
+from reelforge.export.checkpoint.sources import Source
+from reelforge.export.models.hunyuan_video import keys_diffusers, keys_tencent
+from reelforge.export.models.hunyuan_video.spec_from_checkpoint import Numerics, model_spec
+from reelforge.export.models.hunyuan_video.stages import STAGE_NAMES, hunyuan_video_stages
+from reelforge.export.stage import Stage
+from reelforge.runtime.spec import ModelSpec
+
+StageTables = Mapping[str, Mapping[str, Mapping[str, Source]]]
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """How one checkpoint layout names and cuts the weights.
+
+    Attributes:
+        sources: component -> stage -> parameter -> source.
+        explained: component -> stored tensors that no stage needs, with the reason.
+    """
+
+    sources: Callable[[ModelSpec], StageTables]
+    explained: Callable[[ModelSpec], Mapping[str, Sequence[Explained]]]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family.
+
+    Attributes:
+        stage_names: All stages, in pipeline order.
+        spec: Reads the numbers of a checkpoint.
+        stages: Lists the stages for a spec and a batch size.
+        key_maps: By checkpoint layout.
+    """
+
+    stage_names: tuple[str, ...]
+    spec: Callable[[Checkpoint, Numerics], ModelSpec]
+    stages: Callable[[ModelSpec, int], tuple[Stage, ...]]
+    key_maps: Mapping[Layout, KeyMap]
+
+
+FAMILIES: Mapping[str, Family] = {
+    "hunyuan_video": Family(
+        stage_names=STAGE_NAMES,
+        spec=model_spec,
+        stages=hunyuan_video_stages,
+        key_maps={
+            Layout.DIFFUSERS: KeyMap(keys_diffusers.stage_sources, keys_diffusers.explained),
+            Layout.TENCENT: KeyMap(keys_tencent.stage_sources, keys_tencent.explained),
+        },
+    ),
+}

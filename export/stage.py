@@ -1,0 +1,126 @@
+"""Stage: one network to compile, as data.
+
+A stage is a list of parts over a shared set of named values. A part is one module, or one *kind* of module that repeats
+with other weights (``double.{i}``): the compiler traces a kind once and stamps it out. Values carry a dtype and named
+dimensions, so that nothing about tracing, assembling or running a stage is written by hand. The module knows no model
+and no ONNX.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from reelforge.runtime.manifest import TensorInfo
+
+COMPUTE = "compute"  # stands for the dtype of the stage's precision
+_INDEXED = re.compile(r"(\w+)\[i\]")
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor between parts. ``dtype`` is ``float32``, ``int64`` or ``compute``; a string dimension is dynamic."""
+
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Port:
+    """A value as a part sees it: whole, or row ``i`` along axis 1 of a value that all repeats share."""
+
+    value: str
+    indexed: bool
+
+    @classmethod
+    def parse(cls, text: str) -> Port:
+        """Read ``name`` or ``name[i]``."""
+        match = _INDEXED.fullmatch(text)
+        return cls(match.group(1), True) if match else cls(text, False)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One module of a stage, or one kind of module that repeats.
+
+    Args:
+        path: Prefix of its parameters and nodes, ``""`` for none; ``{i}`` stands for the repeat's index.
+        build: Makes the module; called where tensors have no storage.
+        inputs: Values by name in the order of ``forward``; ``name[i]`` takes row i along axis 1.
+        outputs: Likewise; ``name[i]`` collects the repeats' results along a new axis 1.
+        repeat: How many times.
+    """
+
+    path: str
+    build: type[nn.Module] | partial[nn.Module]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    repeat: int = 1
+
+    @property
+    def label(self) -> str:
+        """The module's class name, which names the nodes of a part without a path."""
+        return self.build.func.__name__ if isinstance(self.build, partial) else self.build.__name__
+
+    @property
+    def input_ports(self) -> tuple[Port, ...]:
+        """The inputs, parsed."""
+        return tuple(Port.parse(text) for text in self.inputs)
+
+    @property
+    def output_ports(self) -> tuple[Port, ...]:
+        """The outputs, parsed."""
+        return tuple(Port.parse(text) for text in self.outputs)
+
+    def prefixes(self) -> Iterator[str]:
+        """Yield each repeat's parameter prefix, with its trailing dot."""
+        for index in range(self.repeat):
+            path = self.path.format(i=index)
+            yield f"{path}." if path else ""
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the module's own parameters and their shapes; nothing is allocated."""
+        with torch.device("meta"):
+            return {name: tuple(parameter.shape) for name, parameter in self.build().named_parameters()}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One network to compile.
+
+    Args:
+        name: The stage's name and its graph's file name.
+        component: The checkpoint component that holds its weights.
+        parts: In execution order.
+        values: Every value that a part reads or writes.
+        inputs: Names of the values that come from outside.
+        outputs: Names of the values that leave.
+        tolerance: Largest accepted absolute difference from the fp32 reference, at output scale 1-4, per precision
+        name.
+    """
+
+    name: str
+    component: str
+    parts: tuple[Part, ...]
+    values: dict[str, Value]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    tolerance: dict[str, float]
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return every parameter's name and shape, in execution order."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for part in self.parts:
+            own = part.parameter_shapes()
+            for prefix in part.prefixes():
+                shapes.update({prefix + name: shape for name, shape in own.items()})
+        return shapes
+
+    def tensor_infos(self, names: tuple[str, ...]) -> tuple[TensorInfo, ...]:
+        """Describe the stage's own inputs or outputs for a manifest."""
+        return tuple(TensorInfo(name, self.values[name].dtype, self.values[name].shape) for name in names)
