@@ -82,7 +82,7 @@ def decode_tiled(latents: FloatArray, decode: TileDecoder, tiling: VaeTiling, va
         if tail is not None:
             frames = frames[:, :, 1:]  # a window's first frame has no past to be decoded from; the tile before has it
             _blend(tail, frames, _FRAMES, overlap)
-        tail = _last(frames, _FRAMES, overlap) if stop < latents.shape[2] else None
+        tail = _last(frames, _FRAMES, overlap) if (start, stop) != plan.windows[-1] else None
         if len(plan.windows) == 1:
             yield frames
         else:

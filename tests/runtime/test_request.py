@@ -1,0 +1,130 @@
+"""Requests: everything wrong is said at once, and whatever passes is on the model's grid and in the bundle's range."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reelforge.runtime.bundle.open import Bundle
+from reelforge.runtime.errors import RequestError
+from reelforge.runtime.manifest import Manifest
+from reelforge.runtime.recipe import VideoShape
+from reelforge.runtime.request import Request, default_shape, resolve_request
+
+
+@pytest.fixture(scope="module")
+def manifest(fake_bundle: Path) -> Manifest:
+    return Bundle.open(fake_bundle).manifest
+
+
+def with_shapes(manifest: Manifest, *shapes: str) -> Manifest:
+    return replace(manifest, recipe=replace(manifest.recipe, shapes=tuple(VideoShape.parse(shape) for shape in shapes)))
+
+
+def test_defaults(manifest: Manifest) -> None:
+    resolved = resolve_request(Request("  a ball "), manifest, "x")
+    assert resolved.prompt == "a ball"
+    assert resolved.shape == VideoShape(48, 64, 13)
+    assert (resolved.steps, resolved.seed, resolved.guidance, resolved.shift) == (4, 0, 6.0, 7.0)
+
+
+def test_default_shape_is_one_that_the_bundle_serves(manifest: Manifest) -> None:
+    assert default_shape(with_shapes(manifest, "32x32x9", "96x96x25")) == VideoShape(48, 64, 13)
+    assert default_shape(with_shapes(manifest, "96x96x25", "32x80x5")) == VideoShape(96, 96, 25)
+
+
+def test_one_problem_reads_like_a_sentence(manifest: Manifest) -> None:
+    served = with_shapes(manifest, "544x544x129", "1280x1280x129")
+    with pytest.raises(RequestError) as caught:
+        resolve_request(Request("", height=700, width=544), served, "hv-720p")
+    assert str(caught.value) == (
+        "RequestError: height=700 is not supported by bundle 'hv-720p'.\n"
+        "  received: 700   expected: height a multiple of 16 in 544..1280\n"
+        "  fix: use height=704"
+    )
+    assert caught.value.exit_code == 2
+
+
+def test_all_problems_at_once(manifest: Manifest) -> None:
+    request = Request("", height=17, width=-16, frames=4, steps=0, seed=-1, guidance=math.nan, shift=0.0)
+    with pytest.raises(RequestError) as caught:
+        resolve_request(request, manifest, "x")
+    text = str(caught.value)
+    for part in ("height=17", "width=-16", "frames=4", "steps=0", "seed=-1", "guidance=nan", "shift=0.0"):
+        assert part in text
+    assert "frames 4k+1 of at least 1" in text
+    assert "use height=16; use width=16; use frames=5" in text
+
+
+@pytest.mark.parametrize(
+    ("setting", "hint"),
+    [
+        ({"frames": 6}, "use frames=5"),
+        ({"frames": 0}, "use frames=1"),
+        ({"frames": True}, "use frames="),
+        ({"height": 0}, "use height=16"),
+        ({"height": 48.0}, "use height="),
+        ({"steps": 2.5}, "use for example steps=4"),
+        ({"seed": 2**64}, "use for example seed=0"),
+        ({"guidance": -1.0}, "use for example guidance=6"),
+        ({"guidance": math.inf}, "use for example guidance=6"),
+        ({"shift": "7"}, "use for example shift=7"),
+    ],
+)
+def test_single_settings(manifest: Manifest, setting: dict[str, object], hint: str) -> None:
+    with pytest.raises(RequestError, match=f"{next(iter(setting))}=") as caught:
+        resolve_request(Request("", **setting), manifest, "x")  # type: ignore[arg-type]
+    assert hint in caught.value.fix
+
+
+def test_outside_of_the_shapes(manifest: Manifest) -> None:
+    served = with_shapes(manifest, "32x64x9", "64x32x17")
+    resolve_request(Request("", height=48, width=48, frames=13), served, "x")
+    assert resolve_request(Request("", frames=1), served, "x").shape.frames == 1
+    with pytest.raises(RequestError, match="rebuild with a shape that covers it"):
+        resolve_request(Request("", height=80), served, "x")
+    with pytest.raises(RequestError, match=r"frames 4k\+1 in 9..17 or 1"):
+        resolve_request(Request("", frames=5), served, "x")
+    with pytest.raises(RequestError, match=r"frames 4k\+1, here 9 or 1"):
+        resolve_request(Request("", frames=13), with_shapes(manifest, "32x64x9"), "x")
+
+
+def test_guidance_for_a_model_that_takes_none(manifest: Manifest) -> None:
+    plain = replace(manifest, spec=replace(manifest.spec, dit=replace(manifest.spec.dit, guidance_embedding=False)))
+    resolve_request(Request(""), plain, "x")
+    with pytest.raises(RequestError, match="this model takes none"):
+        resolve_request(Request("", guidance=6.0), plain, "x")
+
+
+def test_prompt_that_is_no_text(manifest: Manifest) -> None:
+    with pytest.raises(RequestError, match="not valid Unicode"):
+        resolve_request(Request("\udcff"), manifest, "x")
+
+
+sizes = st.one_of(st.none(), st.integers(-40, 400))
+
+
+@given(sizes, sizes, sizes, st.booleans())
+def test_what_passes_is_on_the_grid_and_what_fails_says_how_to_pass(
+    manifest: Manifest, height: int | None, width: int | None, frames: int | None, limited: bool
+) -> None:
+    served = with_shapes(manifest, "32x64x9", "128x96x33") if limited else manifest
+    request = Request("", height=height, width=width, frames=frames)
+    try:
+        shape = resolve_request(request, served, "x").shape
+    except RequestError as error:
+        fixes = dict(part.removeprefix("use ").split(",")[0].split("=") for part in error.fix.split("; "))
+        repaired = replace(request, **{name: int(value) for name, value in fixes.items()})
+        shape = resolve_request(repaired, served, "x").shape
+    assert shape.height % 16 == shape.width % 16 == 0
+    assert shape.frames % 4 == 1
+    assert min(shape.height, shape.width) >= 16
+    if limited:
+        assert 32 <= shape.height <= 128
+        assert 64 <= shape.width <= 96
+        assert shape.frames == 1 or 9 <= shape.frames <= 33
