@@ -316,7 +316,7 @@ def write_latents(path: Path, latents: FloatArray) -> None:
     Raises:
         OutputError: If the file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
     try:
         try:
             with partial.open("wb") as file:

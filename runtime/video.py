@@ -216,7 +216,8 @@ class _PngFolder:
         self._folder = folder
         self._pattern = pattern
         self._names: list[str] = []
-        self._partial = _partial_name(folder.resolve())
+        # Inside of a folder that exists: its parent may be closed to this user.
+        self._partial = _partial_name(folder / "frames" if folder.is_dir() else folder)
         self._partial.mkdir()
 
     def write(self, frame: Frame) -> None:
@@ -236,7 +237,7 @@ class _PngFolder:
 
 def _destination(path: Path, names_folder: bool, frames: int) -> tuple[Path, str]:
     """Return the folder and the file name, or the file pattern, of an output path."""
-    if names_folder or path.is_dir():
+    if names_folder or (path.is_dir() and path.name):
         folder, name = path, "%04d.png"
     else:
         folder, name = path.parent, path.name
@@ -266,7 +267,7 @@ def _destination(path: Path, names_folder: bool, frames: int) -> tuple[Path, str
 
 
 def _partial_name(path: Path) -> Path:
-    return path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
+    return path.parent / (f".{path.stem}.partial-{os.getpid()}{path.suffix}")
 
 
 def _png(frame: Frame) -> bytes:

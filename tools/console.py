@@ -30,14 +30,14 @@ Exit codes:
 """
 
 
-def run(command: click.Command, arguments: list[str] | None = None) -> NoReturn:
+def run(command: click.Command, arguments: list[str] | None = None, name: str | None = None) -> NoReturn:
     """Run a command line to its end and exit.
 
     ReelforgeError gives its text on stderr and its exit code, a wrong option gives click's usage and 2, Ctrl-C gives
-    130. Anything else is a bug and keeps its traceback.
+    130. Anything else is a bug and keeps its traceback. ``name`` is what usage messages call the program.
     """
     try:
-        command.main(args=arguments, standalone_mode=False)
+        command.main(args=arguments, prog_name=name, standalone_mode=False)
     except ReelforgeError as error:
         print_error(error)
         sys.exit(error.exit_code)

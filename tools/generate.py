@@ -172,7 +172,7 @@ def _open(path: Path, check: Check, bars: Progress) -> Bundle:
 
 def _require_writable(path: Path) -> None:
     """Find out before sampling whether the latents can be written."""
-    probe = path.with_name(f".{path.name}.probe-{os.getpid()}")
+    probe = path.parent / f".{path.name}.probe-{os.getpid()}"
     try:
         if path.is_dir():
             raise IsADirectoryError(21, "it is a folder", str(path))

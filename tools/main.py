@@ -60,4 +60,4 @@ def cli() -> None:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit (the entry point of the package)."""
-    console.run(cli, arguments)
+    console.run(cli, arguments, "reelforge")

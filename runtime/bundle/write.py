@@ -59,7 +59,7 @@ class BundleWriter:
 
     def __init__(self, destination: str | Path) -> None:
         self.destination = Path(os.path.abspath(destination))  # noqa: PTH100 - a symbolic link stays as the user wrote it
-        self._partial = self.destination.with_name(f"{self.destination.name}.partial-{os.getpid()}")
+        self._partial = self.destination.parent / f"{self.destination.name}.partial-{os.getpid()}"
         self._lock: int | None = None
         self._sealed = False
         self._linked: set[str] = set()
