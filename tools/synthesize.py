@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import enum
 import shutil
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
-from reelforge.runtime.errors import OutputError, ReelforgeError, RequestError
+from reelforge.runtime.codec import to_json
+from reelforge.runtime.errors import OutputError, RequestError
 from reelforge.runtime.spec import ModelSpec
+from reelforge.tools import console
 from reelforge.tools import synthesize_configs as configs
 from reelforge.tools import synthesize_layout as layout
 from reelforge.tools import synthesize_text as text
@@ -129,9 +130,10 @@ def synthesize(
 def _write_checkpoint(folder: Path, request: Request) -> None:
     write = _write_diffusers if request.format is Layout.DIFFUSERS else _write_tencent
     write(folder, request.spec, request)
-    if request.size != "full":  # a full-size checkpoint comes without a template, like the published ones
+    if request.size != "full":  # the published checkpoints come without a template and without sampling defaults
         tokens = text.crop_start(text.llm_tokenizer(request.spec.llm), text.TEMPLATE)
         write_json(folder / "prompt_template.json", {"template": text.TEMPLATE, "crop_start": tokens})
+        write_json(folder / "sampling_defaults.json", to_json(request.spec.defaults))
 
 
 def _write_diffusers(folder: Path, spec: ModelSpec, request: Request) -> None:
@@ -240,14 +242,5 @@ def command(
     click.echo(f"wrote {output}")
 
 
-def main() -> None:
-    """Run ``command`` as a program: errors as plain lines, with their exit codes."""
-    try:
-        command()
-    except ReelforgeError as error:
-        click.echo(str(error), err=True)
-        sys.exit(error.exit_code)
-
-
 if __name__ == "__main__":
-    main()
+    console.run(command)

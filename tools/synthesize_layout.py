@@ -313,11 +313,11 @@ def named(tensors: Iterable[TensorLayout], component: str, prefix: str = "") -> 
 
 
 def _spec(
-    dit: DitSpec, llm_spec: LlmSpec, clip_spec: ClipSpec, vae_spec: VaeSpec, size: tuple[int, int, int]
+    dit: DitSpec, llm_spec: LlmSpec, clip_spec: ClipSpec, vae_spec: VaeSpec, size: tuple[int, int, int], steps: int
 ) -> ModelSpec:
-    defaults = SamplerDefaults(50, 7.0, 6.0, *size, frames_per_second=24)
+    defaults = SamplerDefaults(steps, 7.0, 6.0, *size, frames_per_second=24)
     tiling = VaeTiling(tile=32, stride=24, frame_window=16, frame_stride=12)
-    return ModelSpec("hunyuan-video", llm_spec, clip_spec, dit, vae_spec, tiling, GuidanceRounding.BF16, defaults)
+    return ModelSpec("hunyuan_video", llm_spec, clip_spec, dit, vae_spec, tiling, GuidanceRounding.BF16, defaults)
 
 
 # Heads of 32 and 64 keep the proportions 1 : 3.5 : 3.5 of the rotary axes of heads of 128.
@@ -328,6 +328,7 @@ SIZES: dict[str, ModelSpec] = {
         ClipSpec(32, 2, 2, 128, 768, 77, 1e-5, "quick_gelu", 767),
         VaeSpec(4, (16, 16, 32, 32), 1, 8, 1e-6, 0.476986, 8, 4),
         (64, 64, 9),
+        20,
     ),
     "demo": _spec(
         DitSpec(128, 2, 64, 2, 4, 2, 512, 16, (1, 2, 2), 128, 64, (8, 28, 28), 256.0, 256, 1e-6, True),
@@ -335,6 +336,7 @@ SIZES: dict[str, ModelSpec] = {
         ClipSpec(64, 2, 2, 256, 768, 77, 1e-5, "quick_gelu", 767),
         VaeSpec(16, (16, 16, 32, 64), 1, 8, 1e-6, 0.476986, 8, 4),
         (64, 64, 9),
+        20,
     ),
     "full": _spec(
         DitSpec(3072, 24, 128, 20, 40, 2, 12288, 16, (1, 2, 2), 4096, 768, (16, 56, 56), 256.0, 256, 1e-6, True),
@@ -342,5 +344,6 @@ SIZES: dict[str, ModelSpec] = {
         ClipSpec(768, 12, 12, 3072, 49408, 77, 1e-5, "quick_gelu", 49407),
         VaeSpec(16, (128, 256, 512, 512), 2, 32, 1e-6, 0.476986, 8, 4),
         (720, 1280, 129),
+        50,
     ),
 }

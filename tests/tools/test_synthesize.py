@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
 
+from reelforge.export.checkpoint.open import open_checkpoint
+from reelforge.export.models.hunyuan_video.spec_from_checkpoint import model_spec
 from reelforge.export.prompt_template import find_prompt_template
 from reelforge.runtime.errors import OutputError, RequestError
 from reelforge.tools import synthesize as synthesize_module
@@ -174,6 +176,13 @@ def test_diffusers_loads_and_runs_a_tiny_checkpoint(tiny: Path) -> None:
     assert video.shape == (1, 5, 32, 32, 3)
     assert np.isfinite(video).all()
     assert video.std() > 0.01
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("format", Layout)
+def test_the_compiler_reads_the_numbers_that_were_written(size: str, format: Layout, tmp_path: Path) -> None:
+    folder = synthesize(tmp_path / "checkpoint", size, format=format, content=Content.SPARSE)
+    assert model_spec(open_checkpoint(folder)) == SIZES[size]
 
 
 def digest(folder: Path) -> str:
