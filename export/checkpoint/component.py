@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class Checkpoint:
         scheduler: ``scheduler_config.json`` where the layout has one.
         tokenizers: Folders of tokenizer files: ``llm`` and ``clip``, None where there is none.
         prompt_template: ``prompt_template.json`` at the root, or None.
+        sampling_defaults: ``sampling_defaults.json`` at the root, or None.
     """
 
     path: Path
@@ -68,6 +69,7 @@ class Checkpoint:
     scheduler: Mapping[str, Any] | None = None
     tokenizers: Mapping[str, Path | None] = field(default_factory=dict)
     prompt_template: Path | None = None
+    sampling_defaults: Path | None = None
 
     def component(self, name: str) -> Component:
         """Return a component.
@@ -111,6 +113,11 @@ def _without(key: str, prefixes: tuple[str, ...]) -> str:
     while prefix := next((prefix for prefix in prefixes if key.startswith(prefix)), None):
         key = key.removeprefix(prefix)
     return key
+
+
+def first_file(folders: Sequence[Path], name: str) -> Path | None:
+    """Return the first of ``folders`` / ``name`` that is a file, or None."""
+    return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
 
 def read_json(path: Path) -> dict[str, Any]:

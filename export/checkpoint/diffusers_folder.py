@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from reelforge.export.checkpoint.component import Checkpoint, Component, Layout, component, read_json_if_there
+from reelforge.export.checkpoint.component import (
+    Checkpoint,
+    Component,
+    Layout,
+    component,
+    first_file,
+    read_json_if_there,
+)
 from reelforge.export.checkpoint.family import SUPPORTED, family_of_class, family_of_keys
 from reelforge.export.checkpoint.weight_files import DIFFUSERS_STEMS, TRANSFORMERS_STEMS, read_weight_folder
 from reelforge.runtime.errors import CheckpointError
@@ -51,14 +58,14 @@ def open_diffusers_folder(path: Path) -> Checkpoint:
     if family not in (SUPPORTED, None):
         raise wrong_family(path, f"{family} by the names of its tensors")
     folders = {"llm": path / "tokenizer", "clip": path / "tokenizer_2"}
-    template = path / "prompt_template.json"
     return Checkpoint(
         path,
         Layout.DIFFUSERS,
         components,
         scheduler=read_json_if_there(path / "scheduler" / "scheduler_config.json"),
         tokenizers={name: folder if folder.is_dir() else None for name, folder in folders.items()},
-        prompt_template=template if template.is_file() else None,
+        prompt_template=first_file([path], "prompt_template.json"),
+        sampling_defaults=first_file([path], "sampling_defaults.json"),
     )
 
 

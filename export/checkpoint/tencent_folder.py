@@ -9,7 +9,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from reelforge.export.checkpoint.component import Checkpoint, Component, Layout, component, read_json_if_there
+from reelforge.export.checkpoint.component import (
+    Checkpoint,
+    Component,
+    Layout,
+    component,
+    first_file,
+    read_json_if_there,
+)
 from reelforge.export.checkpoint.diffusers_folder import wrong_family
 from reelforge.export.checkpoint.family import SUPPORTED, family_of_keys
 from reelforge.export.checkpoint.weight_files import TRANSFORMERS_STEMS, read_weight_folder, read_weights
@@ -62,9 +69,14 @@ def open_tencent_folder(path: Path) -> Checkpoint:
         if folder is not None:
             tensors = read_weight_folder(folder, TRANSFORMERS_STEMS)
             components[name] = component(name, tensors, read_json_if_there(folder / "config.json"), folder)
-    templates = [root / "prompt_template.json" for root in roots]
-    template = next((candidate for candidate in templates if candidate.is_file()), None)
-    return Checkpoint(path, Layout.TENCENT, components, None, tokenizers, template)
+    return Checkpoint(
+        path,
+        Layout.TENCENT,
+        components,
+        tokenizers=tokenizers,
+        prompt_template=first_file(roots, "prompt_template.json"),
+        sampling_defaults=first_file(roots, "sampling_defaults.json"),
+    )
 
 
 def _inner(path: Path) -> Path | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +21,12 @@ from reelforge.runtime.errors import CheckpointError
 WRAPPERS = ("module", "state_dict")
 MAX_PICKLE_BYTES = 64_000_000
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
+# What zipfile raises for damaged archives, beyond its own error: names that are no UTF-8; versions, methods or flags
+# that it does not know; entries that end early; positions that no file has.
+_DAMAGE = (
+    *(zipfile.BadZipFile, zlib.error, struct.error, EOFError),
+    *(NotImplementedError, OverflowError, RuntimeError, ValueError),
+)
 _RESAVE = (
     "if you trust the file, re-save only its tensors: torch.save(torch.load(path, weights_only=True), new_path), "
     "or convert it to safetensors"
@@ -42,7 +49,7 @@ def read_torch_file(path: Path) -> dict[str, TensorRef]:
                 raise _not_a_zip(path, file)
             with zipfile.ZipFile(file) as archive:
                 return _read_archive(path, file, archive)
-    except (zipfile.BadZipFile, struct.error) as error:
+    except _DAMAGE as error:
         raise CheckpointError(
             f"{path} is a damaged zip file.", received=str(error), fix="download it again; the file is incomplete"
         ) from error

@@ -318,8 +318,8 @@ def _clip(component: Component) -> ClipSpec:
 
 
 def _defaults(checkpoint: Checkpoint) -> SamplerDefaults:
-    path = checkpoint.path / "sampling_defaults.json"
-    if path.is_file():
+    path = checkpoint.sampling_defaults
+    if path is not None:
         try:
             return from_json(SamplerDefaults, read_json(path))
         except CodecError as error:

@@ -172,6 +172,13 @@ def test_sampling_defaults(diffusers_copy: Path) -> None:
         model_spec(open_checkpoint(diffusers_copy))
 
 
+@pytest.mark.parametrize("inner", [False, True])
+def test_sampling_defaults_of_either_tencent_folder(tencent_copy: Path, inner: bool) -> None:
+    own = SamplerDefaults(8, 5.0, 4.0, 64, 96, 17, 12)
+    (tencent_copy / "sampling_defaults.json").write_text(json.dumps(vars(own)))
+    assert model_spec(open_checkpoint(tencent_copy / INNER if inner else tencent_copy)).defaults == own
+
+
 @pytest.mark.parametrize(
     ("component", "setting", "value"),
     [

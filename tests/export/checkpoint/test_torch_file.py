@@ -158,6 +158,20 @@ def test_damaged_pickles_raise_one_error(data: st.DataObject) -> None:
         read_pickle(bytes(content))
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_any_damage_is_an_error_or_harmless(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Whatever bytes change in a file, the reader returns ranges inside it or raises CheckpointError."""
+    path = tmp_path_factory.mktemp("fuzz") / "x.pt"
+    torch.save({"a": torch.zeros(2), "b": torch.zeros(3, 4)}, path)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    with contextlib.suppress(CheckpointError):
+        assert all(ref.offset + ref.nbytes <= len(content) for ref in read_torch_file(path).values())
+
+
 def test_refuses_a_bare_pickle(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(2)}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
     with pytest.raises(CheckpointError, match=r"before 1\.6") as caught:
