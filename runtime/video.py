@@ -140,12 +140,16 @@ class _Movie:
         self._next = 0
         self._graph: Any = None
         self._is_gif = path.suffix.lower() == ".gif"
-        self._partial.open("xb").close()  # av.open defers the file to the first packet; the user should know now
+        self._partial.open("wb").close()  # av.open defers the file to the first packet; the user should know now
         try:
-            options = {"movflags": "+faststart"} if path.suffix.lower() == ".mp4" else {}
+            options = {"fflags": "+bitexact"}  # no random identifiers, no versions: the same frames, the same bytes
+            if path.suffix.lower() == ".mp4":
+                options["movflags"] = "+faststart"  # players can begin before the whole file is there
             self._container = av.open(str(self._partial), "w", format=path.suffix[1:].lower(), options=options)
             codec, settings = {
-                ".mp4": ("libx264", {"crf": "18", "preset": "medium"}),
+                # x264's macroblock tree reads memory that it has not written when pictures are small, and gives
+                # another file each time; without it the same frames give the same bytes.
+                ".mp4": ("libx264", {"crf": "18", "preset": "medium", "x264-params": "mbtree=0"}),
                 ".webm": ("libvpx-vp9", {"crf": "24", "b": "0", "row-mt": "1", "cpu-used": "4"}),
                 ".gif": ("gif", {}),
             }[path.suffix.lower()]
@@ -197,7 +201,7 @@ class _PngFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._partial = _partial_name(path)
-        self._partial.open("xb").close()
+        self._partial.open("wb").close()
 
     def write(self, frame: Frame) -> None:
         self._partial.write_bytes(_png(frame))
@@ -218,6 +222,7 @@ class _PngFolder:
         self._names: list[str] = []
         # Inside of a folder that exists: its parent may be closed to this user.
         self._partial = _partial_name(folder / "frames" if folder.is_dir() else folder)
+        shutil.rmtree(self._partial, ignore_errors=True)  # from a killed process that had our number
         self._partial.mkdir()
 
     def write(self, frame: Frame) -> None:

@@ -131,7 +131,8 @@ def generate(
         }
         click.echo(json.dumps(result))
     else:
-        click.echo(f"{output}: {shape.frames} frames of {shape.width}x{shape.height} in {seconds:.1f} s", err=True)
+        count = f"{shape.frames} frame{'s' if shape.frames > 1 else ''}"
+        click.echo(f"{output}: {count} of {shape.width}x{shape.height} in {seconds:.1f} s", err=True)
 
 
 def _prompt(prompt: str | None, prompt_file: Path | None) -> str:

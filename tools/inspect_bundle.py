@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -102,6 +103,8 @@ def _print(bundle: Bundle, check: Check) -> None:
     screen = Console(highlight=False)
     shapes = ", ".join(str(shape) for shape in manifest.recipe.shapes) or "every size of the model's grid"
     facts = Table.grid(padding=(0, 2))
+    facts.add_column(no_wrap=True)
+    facts.add_column(overflow="fold")
     for name, value in (
         ("bundle", f"{bundle.path} ({console.format_bytes(sum(entry.bytes for entry in manifest.files))})"),
         ("check", "every digest fits" if check is Check.FULL else "every file is present with its size"),
@@ -120,7 +123,7 @@ def _print(bundle: Bundle, check: Check) -> None:
 
 
 def _stage_table(manifest: Manifest) -> Table:
-    table = Table(header_style="bold")
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("stage", "precision", "weights", "tensors", "parity", "limit", "digest"):
         table.add_column(column, no_wrap=True, justify="right" if column in _NUMBERS else "left")
     for entry in manifest.stages:
@@ -129,7 +132,7 @@ def _stage_table(manifest: Manifest) -> Table:
             _precision(manifest, entry),
             console.format_bytes(weights_bytes(entry)),
             str(len(entry.weights)),
-            "not measured" if entry.parity is None else f"{entry.parity:.1e}",
+            "unknown" if entry.parity is None else f"{entry.parity:.1e}",
             f"{entry.tolerance:.0e}",
             entry.graph_digest[:12],
         )
@@ -137,7 +140,7 @@ def _stage_table(manifest: Manifest) -> Table:
 
 
 def _node_table(manifest: Manifest) -> Table:
-    table = Table(header_style="bold")
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("stage")
     table.add_column("nodes", justify="right")
     table.add_column("by type")
@@ -149,7 +152,7 @@ def _node_table(manifest: Manifest) -> Table:
 
 
 def _tensor_table(manifest: Manifest) -> Table:
-    table = Table(header_style="bold")
+    table = Table(header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("stage", "", "tensor", "type", "shape"):
         table.add_column(column, overflow="fold")
     for entry in manifest.stages:

@@ -69,10 +69,16 @@ def test_mp4_is_h264_and_webm_is_vp9(tmp_path: Path) -> None:
             assert container.streams.video[0].codec_context.name == codec
 
 
-def test_the_same_frames_give_the_same_bytes(tmp_path: Path) -> None:
-    for name in ("a.mp4", "b.mp4"):
+@pytest.mark.parametrize("name", ["a.mp4", "a.webm", "a.gif"])
+def test_the_same_frames_give_the_same_bytes(tmp_path: Path, name: str) -> None:
+    seen = set()
+    for length in range(6):
+        # What lies in freed memory must not matter (it does to some encoder settings).
+        del_me = [np.full(size, 31 * length, np.uint8) for size in range(100, 20_000, 100)]
+        del del_me
         save(tmp_path / name, clip(9))
-    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+        seen.add((tmp_path / name).read_bytes())
+    assert len(seen) == 1
 
 
 def test_png_files_are_exact(tmp_path: Path) -> None:
@@ -184,8 +190,6 @@ def test_a_device_that_is_really_full(tmp_path: Path, name: str, monkeypatch: py
     partial = tmp_path / "partial"
     partial.symlink_to("/dev/full")
     monkeypatch.setattr(module, "_partial_name", lambda path: partial)
-    original = Path.open
-    monkeypatch.setattr(Path, "open", lambda self, mode="r", **kw: original(self, "wb" if mode == "xb" else mode, **kw))
     noise = np.random.default_rng(0).integers(0, 255, (30, 128, 128, 3), np.uint8)
     with pytest.raises(OutputError):
         save(tmp_path / name, noise)
