@@ -149,7 +149,7 @@ class _Assembly:
             array = tensor.numpy()
             copy = ir.tensor(array, dtype=tensor.dtype, name=name)
             self.initializers[name] = ir.Value(
-                name=name, shape=ir.Shape(tuple(copy.shape)), type=ir.TensorType(copy.dtype), const_value=copy
+                name=name, shape=ir.Shape(array.shape), type=ir.TensorType(copy.dtype), const_value=copy
             )
         return self.initializers[name]
 

@@ -192,3 +192,7 @@ def _node_table(manifest: Manifest) -> Table:
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run the command line and exit (the entry point of the package)."""
     console.run(build_engine, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -41,6 +41,10 @@ DTYPES: dict[str, np.dtype[Any]] = {
 PIECE_BYTES = 1 << 20
 """Tensors are read in pieces of this size: small enough for a core's cache, large enough to amortise the calls."""
 
+DROP_BEHIND_BYTES = 8 << 20
+"""Tensors from this size on leave no pages behind in the cache: a build reads each once, and 40 GB of pages read once
+would push out everything else (on a virtual machine, first-touched pages also cost several times the read itself)."""
+
 
 def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
     """Return the bytes of a tensor with the safetensors type ``dtype``."""
@@ -106,6 +110,8 @@ class TensorRef:
                     fix="the file changed after it was opened; restore it and start again",
                 )
             filled += received
+        if self.nbytes >= DROP_BEHIND_BYTES:
+            os.posix_fadvise(descriptor, self.offset + position, len(buffer), os.POSIX_FADV_DONTNEED)
 
 
 def mapped(ref: TensorRef) -> NDArray[Any]:
