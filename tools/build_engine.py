@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from rich.console import Console
@@ -113,13 +113,19 @@ def build_engine(
         verify=verify,
     )
     started = time.monotonic()
-    with _shown(hidden=as_json) as events:
+    finished: dict[str, float] = {}
+    with _shown(as_json, lambda entry: finished.update({entry.name: time.monotonic() - started})) as events:
         manifest = build_bundle(request, events)
-    _report(manifest, output, time.monotonic() - started, as_json)
+    if as_json:
+        click.echo(json.dumps(_as_json(manifest, output, time.monotonic() - started, finished)))
+        return
+    terminal = Console(stderr=True)
+    terminal.print(_node_table(manifest))
+    terminal.print(f"{output}: built in {time.monotonic() - started:.1f} s, content {manifest.content_digest[:16]}")
 
 
 @contextmanager
-def _shown(hidden: bool) -> Iterator[BuildEvents]:
+def _shown(hidden: bool, on_stage: Callable[[StageEntry], None]) -> Iterator[BuildEvents]:
     """Progress bars for weights and a line per finished stage, on stderr."""
     from reelforge.export.build import BuildEvents
 
@@ -139,6 +145,7 @@ def _shown(hidden: bool) -> Iterator[BuildEvents]:
             bars.update(tasks[stage], completed=done)
 
         def stage_done(entry: StageEntry) -> None:
+            on_stage(entry)
             if not hidden:
                 nodes = ", ".join(f"{count} {operator}" for operator, count in list(entry.nodes.items())[:4])
                 total = sum(entry.nodes.values())
@@ -148,31 +155,24 @@ def _shown(hidden: bool) -> Iterator[BuildEvents]:
         yield BuildEvents(weights=weights, stage=stage_done, notice=console.print_notice)
 
 
-def _report(manifest: Manifest, output: Path, seconds: float, as_json: bool) -> None:
-    if as_json:
-        click.echo(
-            json.dumps(
-                {
-                    "bundle": str(output),
-                    "content_digest": manifest.content_digest,
-                    "seconds": round(seconds, 3),
-                    "target": str(manifest.target),
-                    "stages": {
-                        entry.name: {
-                            "weights_bytes": sum(weight.length for weight in entry.weights),
-                            "nodes": entry.nodes,
-                            "parity": entry.parity,
-                            "tolerance": entry.tolerance,
-                        }
-                        for entry in manifest.stages
-                    },
-                }
-            )
-        )
-        return
-    terminal = Console(stderr=True)
-    terminal.print(_node_table(manifest))
-    terminal.print(f"{output}: built in {seconds:.1f} s, content {manifest.content_digest[:16]}")
+def _as_json(manifest: Manifest, output: Path, seconds: float, finished: dict[str, float]) -> dict[str, Any]:
+    """What ``--json`` prints; ``finished_s`` counts from the command's start."""
+    return {
+        "bundle": str(output),
+        "content_digest": manifest.content_digest,
+        "seconds": round(seconds, 3),
+        "target": str(manifest.target),
+        "stages": {
+            entry.name: {
+                "weights_bytes": sum(weight.length for weight in entry.weights),
+                "nodes": entry.nodes,
+                "parity": entry.parity,
+                "tolerance": entry.tolerance,
+                "finished_s": round(finished[entry.name], 3),
+            }
+            for entry in manifest.stages
+        },
+    }
 
 
 def _node_table(manifest: Manifest) -> Table:

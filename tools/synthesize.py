@@ -36,9 +36,9 @@ from reelforge.tools.synthesize_files import (
 )
 from reelforge.tools.synthesize_layout import TensorLayout
 
-DEFAULT_SHARD_BYTES = {"tiny": 1_000_000, "demo": 10_000_000_000, "full": 10_000_000_000}
-DEFAULT_DTYPE = {"tiny": Dtype.FP32, "demo": Dtype.FP16, "full": Dtype.BF16}
-DEFAULT_CONTENT = {"tiny": Content.RANDOM, "demo": Content.RANDOM, "full": Content.SPARSE}
+DEFAULT_SHARD_BYTES = {"tiny": 1_000_000, "demo": 10_000_000_000, "block": 10_000_000_000, "full": 10_000_000_000}
+DEFAULT_DTYPE = {"tiny": Dtype.FP32, "demo": Dtype.FP16, "block": Dtype.BF16, "full": Dtype.BF16}
+DEFAULT_CONTENT = {"tiny": Content.RANDOM, "demo": Content.RANDOM, "block": Content.RANDOM, "full": Content.SPARSE}
 
 
 class Layout(enum.Enum):

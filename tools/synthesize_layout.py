@@ -338,6 +338,15 @@ SIZES: dict[str, ModelSpec] = {
         (64, 64, 9),
         20,
     ),
+    # Full width, one block of each kind: what can be executed and compared on a small machine.
+    "block": _spec(
+        DitSpec(3072, 24, 128, 1, 1, 1, 12288, 16, (1, 2, 2), 4096, 768, (16, 56, 56), 256.0, 256, 1e-6, True),
+        LlmSpec(4096, 3, 1, 32, 8, 128, 14336, 512, 500000.0, 1e-5, 256),
+        ClipSpec(768, 1, 12, 3072, 768, 77, 1e-5, "quick_gelu", 767),
+        VaeSpec(16, (128, 256, 512, 512), 2, 32, 1e-6, 0.476986, 8, 4),
+        (64, 64, 9),
+        20,
+    ),
     "full": _spec(
         DitSpec(3072, 24, 128, 20, 40, 2, 12288, 16, (1, 2, 2), 4096, 768, (16, 56, 56), 256.0, 256, 1e-6, True),
         LlmSpec(4096, 32, 30, 32, 8, 128, 14336, 128320, 500000.0, 1e-5, 256),

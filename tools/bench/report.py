@@ -1,0 +1,65 @@
+"""What every file under ``benchmarks/`` has in common: where it was measured, with what, and how tables look.
+
+The module knows no benchmark.
+"""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import statistics
+import subprocess
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+
+def environment(command: str, packages: Sequence[str]) -> list[str]:
+    """Return the lines that say what made the file: command, machine, versions, commit and date."""
+    fields = dict(
+        line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal")
+    )
+    memory_gb = int(fields["MemTotal"].split()[0]) * 1024 / 1e9
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    return [
+        f"Made by `{command}`.",
+        "",
+        f"- machine: {_processor()}, {_cores()} cores, {memory_gb:.0f} GB memory, no GPU",
+        f"- versions: Python {platform.python_version()}, {versions}",
+        f"- commit {_commit()}, {datetime.datetime.now(datetime.UTC).date().isoformat()}",
+    ]
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    lines = ["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
+    return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Return the median with the smallest and the largest value, or the value alone if there is one."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
+def write(path: Path, lines: Sequence[str]) -> None:
+    """Write a benchmark's file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _processor() -> str:
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return names[0].split(":", 1)[1].strip() if names else platform.machine()
+
+
+def _cores() -> int:
+    return len([line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("processor")])
+
+
+def _commit() -> str:
+    result = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip() or "unknown"
