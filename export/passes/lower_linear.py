@@ -7,6 +7,8 @@ after. Products that are left alone carry their reason in ``refused``. The pass 
 
 from __future__ import annotations
 
+from collections import Counter
+
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, PostconditionError
 
@@ -23,6 +25,7 @@ class LowerLinearPass(InPlacePass):
     def call(self, model: ir.Model) -> PassResult:
         """Lower every product with a stored weight."""
         modified = False
+        layers: Counter[str] = Counter()
         for node in list(model.graph):
             if node.op_type != "MatMul":
                 continue
@@ -30,7 +33,9 @@ class LowerLinearPass(InPlacePass):
             if isinstance(weight, str):
                 self.refused[node.name or ""] = weight
                 continue
-            _lower(model.graph, node, weight)
+            layer = str(_stored_name(weight)).removesuffix(".weight")
+            layers[layer] += 1
+            _lower(model.graph, node, weight, layer if layers[layer] == 1 else f"{layer}.{layers[layer]}")
             modified = True
         return PassResult(model, modified=modified)
 
@@ -61,23 +66,27 @@ def _stored_name(value: ir.Value) -> str | None:
     return value.name if value.is_initializer() else None
 
 
-def _bias(matmul: ir.Node) -> tuple[ir.Node, ir.Value] | None:
-    """Return the addition of a stored bias that is the product's only use, and the bias."""
+def _bias(matmul: ir.Node, out_width: int) -> tuple[ir.Node, ir.Value] | None:
+    """Return the addition of a stored bias that is the product's only use, and the bias.
+
+    Only a vector of the layer's width: what has rows of its own would not fit the flattened rows of the product.
+    """
     uses = list(matmul.outputs[0].uses())
     if len(uses) != 1 or matmul.outputs[0].is_graph_output() or uses[0].node.op_type != "Add":
         return None
     add = uses[0].node
     other = add.inputs[1 - uses[0].idx]
-    return (add, other) if other is not None and _stored_name(other) is not None else None
+    if other is None or _stored_name(other) is None or _shape(other) != (out_width,):
+        return None
+    return add, other
 
 
-def _lower(graph: ir.Graph, matmul: ir.Node, weight: ir.Value) -> None:
+def _lower(graph: ir.Graph, matmul: ir.Node, weight: ir.Value, layer: str) -> None:
     rows = matmul.inputs[0]
-    if rows is None or (weight.shape is None and _shape(weight) is None):
-        raise AssertionError(f"{matmul.name}: an operand or its shape is missing")
+    if rows is None:
+        raise AssertionError(f"{matmul.name}: the first operand is missing")
     out_width, in_width = _shape(weight)
-    layer = str(_stored_name(weight)).removesuffix(".weight")
-    bias = _bias(matmul)
+    bias = _bias(matmul, out_width)
     last = matmul if bias is None else bias[0]
     editor = GraphEditor(graph, last, layer)
     kind = matmul.outputs[0].type
@@ -97,11 +106,10 @@ def _lower(graph: ir.Graph, matmul: ir.Node, weight: ir.Value) -> None:
         graph.remove(matmul, safe=True)
 
 
-def _shape(weight: ir.Value) -> tuple[int, int]:
-    """Return the fixed [out, in] shape of a weight or of its cast."""
+def _shape(weight: ir.Value) -> tuple[int, ...]:
+    """Return the fixed shape of a stored value or of its cast."""
     producer = weight.producer()
     stored = weight if producer is None else producer.inputs[0]
     if stored is None or stored.shape is None:
         raise AssertionError(f"the weight {weight.name} has no shape")
-    out_width, in_width = stored.shape.numpy()
-    return out_width, in_width
+    return stored.shape.numpy()
