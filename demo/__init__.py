@@ -1,0 +1,1 @@
+"""A small trained HunyuanVideo, shipped with the project, and the recipe that trained it."""

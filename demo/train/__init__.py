@@ -1,0 +1,1 @@
+"""Training of the demonstration model. Development only: needs torch, diffusers and transformers."""
