@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from reelforge.runtime.spec import VaeSpec, VaeTiling
 from reelforge.runtime.tiling import decode_tiled, plan_tiles
+from reelforge.tools.bench.tencent_tiling import tencent_decode
 from tests.runtime.fake_bundle import SPEC
 
 
@@ -60,68 +62,6 @@ def fake_decode(latents: np.ndarray, spatial: int, temporal: int) -> np.ndarray:
     return np.concatenate([picture, 2 * picture, -picture], axis=1).astype(latents.dtype)
 
 
-def tencent_decode(z: np.ndarray, tiling: VaeTiling, spatial: int, temporal: int) -> np.ndarray:
-    """``AutoencoderKLCausal3D.temporal_tiled_decode`` of Tencent's package, restated in float64 with its own names.
-
-    There, tiles overlap by a factor: ``tile_overlap_factor`` of the tile's size in latents and pixels.
-    """
-    tile_latent_min_size, tile_sample_min_size = tiling.tile, tiling.tile * spatial
-    overlap_size = tiling.stride
-    blend_extent = (tiling.tile - tiling.stride) * spatial
-    row_limit = tile_sample_min_size - blend_extent
-    tile_latent_min_tsize, tile_sample_min_tsize = tiling.frame_window, tiling.frame_window * temporal
-    overlap_tsize = tiling.frame_stride
-    t_blend_extent = (tiling.frame_window - tiling.frame_stride) * temporal
-    t_limit = tile_sample_min_tsize - t_blend_extent
-
-    def blend(a: np.ndarray, b: np.ndarray, extent: int, axis: int) -> np.ndarray:
-        a, b = np.moveaxis(a, axis, 0), np.moveaxis(b, axis, 0)
-        extent = min(len(a), len(b), extent)
-        for k in range(extent):
-            b[k] = a[-extent + k] * (1 - k / extent) + b[k] * (k / extent)
-        return np.moveaxis(b, 0, axis)
-
-    def spatial_tiled_decode(z: np.ndarray) -> np.ndarray:
-        rows = [
-            [
-                fake_decode(z[..., i : i + tile_latent_min_size, j : j + tile_latent_min_size], spatial, temporal)
-                for j in range(0, z.shape[-1], overlap_size)
-            ]
-            for i in range(0, z.shape[-2], overlap_size)
-        ]
-        result_rows = []
-        for i, row in enumerate(rows):
-            result_row = []
-            for j, tile in enumerate(row):
-                if i > 0:
-                    tile = blend(rows[i - 1][j], tile, blend_extent, -2)
-                if j > 0:
-                    tile = blend(row[j - 1], tile, blend_extent, -1)
-                result_row.append(tile[..., :row_limit, :row_limit])
-            result_rows.append(np.concatenate(result_row, axis=-1))
-        return np.concatenate(result_rows, axis=-2)
-
-    def one(z: np.ndarray) -> np.ndarray:
-        if z.shape[-1] > tile_latent_min_size or z.shape[-2] > tile_latent_min_size:
-            return spatial_tiled_decode(z)
-        return fake_decode(z, spatial, temporal)
-
-    if z.shape[2] <= tile_latent_min_tsize:
-        return one(z)
-    row = []
-    for i in range(0, z.shape[2], overlap_tsize):
-        decoded = one(z[:, :, i : i + tile_latent_min_tsize + 1])
-        row.append(decoded if i == 0 else decoded[:, :, 1:])
-    result_row = []
-    for i, tile in enumerate(row):
-        if i > 0:
-            tile = blend(row[i - 1], tile, t_blend_extent, 2)
-            result_row.append(tile[:, :, :t_limit])
-        else:
-            result_row.append(tile[:, :, : t_limit + 1])
-    return np.concatenate(result_row, axis=2)
-
-
 tilings = st.builds(
     lambda tile, stride, window, frame_stride: VaeTiling(tile, min(stride, tile), window, min(frame_stride, window)),
     st.integers(2, 5),
@@ -135,9 +75,9 @@ tilings = st.builds(
 @given(st.tuples(st.integers(1, 12), st.integers(1, 11), st.integers(1, 11)), tilings, st.sampled_from([1, 2, 4]))
 def test_equals_tencents_procedure(shape: tuple[int, int, int], tiling: VaeTiling, factor: int) -> None:
     latents = np.random.default_rng(shape[0]).standard_normal((1, 2, *shape))
-    expected = tencent_decode(latents.copy(), tiling, 2, factor)
-    vae = spec(spatial=2, temporal=factor)
-    batches = list(decode_tiled(latents.astype(np.float32), lambda tile: fake_decode(tile, 2, factor), tiling, vae))
+    decode = partial(fake_decode, spatial=2, temporal=factor)
+    expected = tencent_decode(latents.copy(), decode, tiling, 2, factor)
+    batches = list(decode_tiled(latents.astype(np.float32), decode, tiling, spec(spatial=2, temporal=factor)))
     ours = np.concatenate(batches, axis=2)
     np.testing.assert_allclose(ours, expected, atol=3e-5)
     assert ours.shape == (1, 3, (shape[0] - 1) * factor + 1, shape[1] * 2, shape[2] * 2)

@@ -147,7 +147,7 @@ def ground_truth(cases: Sequence[Case], seed: int, jitter: bool = False) -> list
     return clips
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def round_trip(pipeline: Any, clips: Sequence[data.Array]) -> tuple[list[data.Array], list[float]]:
     """Return clips after the VAE's encoder and decoder, and the PSNR of each in dB."""
     results, ratios = [], []
