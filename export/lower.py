@@ -8,6 +8,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, common
 
 from reelforge.export.passes.lower_frame_causal_attention import LowerFrameCausalAttentionPass
+from reelforge.export.passes.lower_group_norm import LowerGroupNormPass
 from reelforge.export.passes.lower_key_lengths import LowerKeyLengthsPass
 from reelforge.export.passes.lower_linear import LowerLinearPass
 from reelforge.runtime.recipe import Backend, Target
@@ -20,6 +21,7 @@ def passes_for(target: Target) -> Sequence[InPlacePass]:
             common.IdentityEliminationPass(),
             LowerFrameCausalAttentionPass(),
             LowerKeyLengthsPass(),
+            LowerGroupNormPass(),
             LowerLinearPass(),
             common.CommonSubexpressionEliminationPass(),
             common.RemoveUnusedNodesPass(),

@@ -60,10 +60,10 @@ class GraphEditor:
         return output
 
     def constant(
-        self, numbers: Sequence[int | bool], dtype: ir.DataType = ir.DataType.INT64, *, scalar: bool = False
+        self, numbers: Sequence[int | bool | float], dtype: ir.DataType = ir.DataType.INT64, *, scalar: bool = False
     ) -> ir.Value:
         """Return an initialiser of the graph with these numbers; equal ones are shared."""
-        text = "_".join(str(int(number)) for number in numbers)
+        text = "_".join(f"{number:g}" for number in numbers)
         name = f"constant.{dtype.name.lower()}.{'scalar.' if scalar else ''}{text}"
         if name not in self.graph.initializers:
             tensor = ir.tensor(numbers[0] if scalar else list(numbers), dtype=dtype, name=name)
