@@ -63,10 +63,12 @@ class GraphEditor:
         self, numbers: Sequence[int | bool | float], dtype: ir.DataType = ir.DataType.INT64, *, scalar: bool = False
     ) -> ir.Value:
         """Return an initialiser of the graph with these numbers; equal ones are shared."""
-        text = "_".join(f"{number:g}" for number in numbers)
+        tensor = ir.tensor(numbers[0] if scalar else list(numbers), dtype=dtype)
+        # Shortest texts of the numbers as stored: other numbers have another name, and equal ones the same.
+        text = "_".join(str(number) for number in tensor.numpy().reshape(-1))
         name = f"constant.{dtype.name.lower()}.{'scalar.' if scalar else ''}{text}"
         if name not in self.graph.initializers:
-            tensor = ir.tensor(numbers[0] if scalar else list(numbers), dtype=dtype, name=name)
+            tensor.name = name
             self.graph.register_initializer(
                 ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(dtype), const_value=tensor)
             )
