@@ -48,13 +48,15 @@ $(STAMP): pyproject.toml constraints.txt
 	"$(BIN)/python" -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
 	@touch "$@"
 
-demo: $(STAMP) ## Build the demo bundle and generate out/demo.mp4
+demo: $(STAMP) ## Build the demo bundle; generate out/demo.mp4 and the contact sheet out/demo.png
 	@start=$$SECONDS; \
 	$(MAKE) --no-print-directory out/demo.bundle/manifest.json; \
 	echo "$(BIN)/reelforge generate out/demo.bundle -p '$(DEMO_PROMPT)' -o out/demo.mp4 --seed 7"; \
 	"$(BIN)/reelforge" generate out/demo.bundle -p "$(DEMO_PROMPT)" -o out/demo.mp4 --seed 7; \
+	"$(BIN)/python" -m demo.contact_sheet out/demo.bundle -o out/demo.png; \
 	seconds=$$((SECONDS - start)); \
 	echo "video:  $(CURDIR)/out/demo.mp4"; \
+	echo "sheet:  $(CURDIR)/out/demo.png"; \
 	echo "bundle: $(CURDIR)/out/demo.bundle"; \
 	printf 'time:   %d min %02d s, the environment not included\n' $$((seconds / 60)) $$((seconds % 60))
 
