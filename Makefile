@@ -53,7 +53,7 @@ demo: $(STAMP) ## Build the demo bundle; generate out/demo.mp4 and the contact s
 	$(MAKE) --no-print-directory out/demo.bundle/manifest.json; \
 	echo "$(BIN)/reelforge generate out/demo.bundle -p '$(DEMO_PROMPT)' -o out/demo.mp4 --seed 7"; \
 	"$(BIN)/reelforge" generate out/demo.bundle -p "$(DEMO_PROMPT)" -o out/demo.mp4 --seed 7; \
-	"$(BIN)/python" -m demo.contact_sheet out/demo.bundle -o out/demo.png; \
+	"$(BIN)/reelforge" sheet out/demo.bundle --prompts demo/prompts.txt -o out/demo.png --seed 7; \
 	seconds=$$((SECONDS - start)); \
 	echo "video:  $(CURDIR)/out/demo.mp4"; \
 	echo "sheet:  $(CURDIR)/out/demo.png"; \

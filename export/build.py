@@ -106,7 +106,7 @@ def build_bundle(request: BuildRequest, events: BuildEvents | None = None) -> Ma
     events = events or BuildEvents()
     with BundleWriter(request.output) as writer:
         checkpoint = open_checkpoint(request.checkpoint)
-        family = FAMILIES["hunyuan_video"]
+        family = FAMILIES[checkpoint.family]
         spec = family.spec(checkpoint, request.numerics)
         all_stages = family.stages(spec, request.batch)
         _check_request(request, family.stage_names, spec)

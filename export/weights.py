@@ -20,11 +20,9 @@ from reelforge.export.checkpoint.tensor_ref import TensorRef
 from reelforge.export.family import KeyMap
 from reelforge.export.stage import Stage
 from reelforge.runtime.bundle.write import BundleWriter, Placement
-from reelforge.runtime.errors import CheckpointError
 from reelforge.runtime.manifest import WeightEntry
 from reelforge.runtime.spec import ModelSpec
 
-STORED_TYPES = ("F32", "F16", "BF16")
 Progress = Callable[[int], None]
 
 
@@ -43,7 +41,7 @@ def resolve_stages(
         stage -> parameter -> where it comes from.
 
     Raises:
-        CheckpointError: Listing what differs, or for weights in a type that the compiler does not read.
+        CheckpointError: Listing what differs.
     """
     shapes = {stage.name: stage.parameter_shapes() for stage in stages}
     explained = key_map.explained(spec)
@@ -51,15 +49,6 @@ def resolve_stages(
     for component, tables in key_map.sources(spec).items():
         wanted = {name: shapes[name] for name in tables}
         resolved.update(match_component(checkpoint.component(component), tables, wanted, explained.get(component, ())))
-    for stage, parameters in resolved.items():
-        for name, weight in parameters.items():
-            if weight.dtype not in STORED_TYPES:
-                raise CheckpointError(
-                    f"the weight {stage}.{name} is stored as {weight.dtype}.",
-                    received=weight.dtype,
-                    expected=" or ".join(STORED_TYPES),
-                    fix="use the bf16, fp16 or fp32 checkpoint; quantised weights are made by the build itself",
-                )
     return resolved
 
 

@@ -57,6 +57,7 @@ class Checkpoint:
         path: The folder it was opened from (its root).
         layout: How it lies on disk.
         components: The components that are there, by name.
+        family: The model family, as specs and ``export.family`` name it; both layouts' readers refuse all others.
         scheduler: ``scheduler_config.json`` where the layout has one.
         tokenizers: Folders of tokenizer files: ``llm`` and ``clip``, None where there is none.
         prompt_template: ``prompt_template.json`` at the root, or None.
@@ -66,6 +67,7 @@ class Checkpoint:
     path: Path
     layout: Layout
     components: Mapping[str, Component]
+    family: str = "hunyuan_video"
     scheduler: Mapping[str, Any] | None = None
     tokenizers: Mapping[str, Path | None] = field(default_factory=dict)
     prompt_template: Path | None = None

@@ -23,20 +23,28 @@ class LowerLinearPass(InPlacePass):
         self.refused: dict[str, str] = {}
 
     def call(self, model: ir.Model) -> PassResult:
-        """Lower every product with a stored weight."""
+        """Lower every product with a stored weight, and name every ``Gemm`` after its layer."""
         modified = False
         layers: Counter[str] = Counter()
-        for node in list(model.graph):
-            if node.op_type != "MatMul":
-                continue
-            weight = _transposed_weight(node)
-            if isinstance(weight, str):
-                self.refused[node.name or ""] = weight
-                continue
+
+        def name(weight: ir.Value) -> str:
             layer = str(_stored_name(weight)).removesuffix(".weight")
             layers[layer] += 1
-            _lower(model.graph, node, weight, layer if layers[layer] == 1 else f"{layer}.{layers[layer]}")
-            modified = True
+            return layer if layers[layer] == 1 else f"{layer}.{layers[layer]}"
+
+        for node in list(model.graph):
+            if node.op_type == "Gemm":  # the exporter writes two-dimensional layers so
+                weight = node.inputs[1]
+                if weight is not None and _stored_name(weight) is not None and not node.outputs[0].is_graph_output():
+                    node.name = node.outputs[0].name = name(weight)
+                    modified = True
+            elif node.op_type == "MatMul":
+                found = _transposed_weight(node)
+                if isinstance(found, str):
+                    self.refused[node.name or ""] = found
+                    continue
+                _lower(model.graph, node, found, name(found))
+                modified = True
         return PassResult(model, modified=modified)
 
     def ensures(self, model: ir.Model) -> None:

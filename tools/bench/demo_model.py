@@ -22,7 +22,7 @@ import click
 import numpy as np
 import torch
 
-from demo.train import checker, data
+from demo.train import checker, data, sheet
 
 GATE = {"background": 0.98, "colour": 0.98, "shape": 0.90, "motion": 0.90, "together": 0.80}
 GATE_PSNR_DB = 36.0
@@ -181,9 +181,9 @@ def measure(checkpoint: Path) -> tuple[list[Run], dict[str, list[float]]]:
         series("ground truth", cases, SEEDS, lambda _, s: ground_truth(cases, s)),
     ]
     psnr: dict[str, list[float]] = {}
-    decoded, psnr["on the marks"] = round_trip(generate.pipeline, ground_truth(cases, 11))
-    runs.append(series("ground truth through the VAE", cases, SEEDS[:1], lambda _p, _s: decoded))
-    _, psnr["off the marks"] = round_trip(generate.pipeline, ground_truth(cases, 12, jitter=True))
+    decoded, psnr["on the marks"] = round_trip(generate.pipeline, ground_truth(plain, 11))
+    runs.append(series("ground truth through the VAE", plain, SEEDS[:1], lambda _p, _s: decoded))
+    _, psnr["off the marks"] = round_trip(generate.pipeline, ground_truth(plain, 12, jitter=True))
     randomise(generate.pipeline)
     runs.append(series("random transformer weights", plain, SEEDS[:1], generate))
     return runs, psnr
@@ -246,10 +246,14 @@ def report(runs: Sequence[Run], psnr: dict[str, list[float]], checkpoint: Path) 
 @click.command()
 @click.option("--checkpoint", type=click.Path(path_type=Path, exists=True), default=Path("demo/checkpoint"))
 @click.option("--output", type=click.Path(path_type=Path), default=Path("benchmarks/demo_model.md"))
+@click.option("--sheet", "sheet_path", type=click.Path(path_type=Path), default=Path("demo/samples.png"))
+@click.option("--prompts", type=click.Path(path_type=Path, exists=True), default=Path("demo/prompts.txt"))
 @click.option("--threads", default=1, show_default=True, help="Threads that torch may use.")
-def main(checkpoint: Path, output: Path, threads: int) -> None:
-    """Measure CHECKPOINT and write the report."""
+def main(checkpoint: Path, output: Path, sheet_path: Path, prompts: Path, threads: int) -> None:
+    """Measure the checkpoint, write the report, and draw a contact sheet of the demo's prompts."""
     torch.set_num_threads(threads)
+    shown = prompts.read_text(encoding="utf-8").splitlines()
+    sheet.write(sheet_path, shown, Generator(checkpoint)(shown, seed=0))
     runs, psnr = measure(checkpoint)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(report(runs, psnr, checkpoint), encoding="utf-8")

@@ -57,28 +57,38 @@ class KeyLengths(nn.Module):
         return text_lengths + image.shape[1]
 
 
-class Stream(nn.Module):
-    """One of the two token streams of a double block: its projections, norms and MLP."""
+class HeadProjections(nn.Module):
+    """The projections to query, key and value heads that every block has, with their norms."""
 
     def __init__(self, spec: DitSpec) -> None:
         super().__init__()
         self.heads, self.head_dim = spec.heads, spec.head_dim
-        inner = spec.heads * spec.head_dim
-        self.q = nn.Linear(spec.width, inner)
-        self.k = nn.Linear(spec.width, inner)
-        self.v = nn.Linear(spec.width, inner)
+        self.q = nn.Linear(spec.width, spec.heads * spec.head_dim)
+        self.k = nn.Linear(spec.width, spec.heads * spec.head_dim)
+        self.v = nn.Linear(spec.width, spec.heads * spec.head_dim)
         self.q_norm = HeadNorm(spec.head_dim, spec.norm_eps)
         self.k_norm = HeadNorm(spec.head_dim, spec.norm_eps)
-        self.proj = nn.Linear(inner, spec.width)
+
+    def project(self, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Map [B, S, D] to normalised fp32 q and k, and v, each [B, S, h, d]."""
+        q, k, v = (p(normed).unflatten(-1, (self.heads, self.head_dim)) for p in (self.q, self.k, self.v))
+        return self.q_norm(q), self.k_norm(k), v
+
+
+def attend_rotated(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, key_lengths: Tensor | None) -> Tensor:
+    """Rotate fp32 q and k [B, S, h, d], then attend in v's dtype; returns [B, S, h * d]."""
+    return attend(rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype), v, key_lengths)
+
+
+class Stream(HeadProjections):
+    """One of the two token streams of a double block: its projections, norms and MLP."""
+
+    def __init__(self, spec: DitSpec) -> None:
+        super().__init__(spec)
+        self.proj = nn.Linear(spec.heads * spec.head_dim, spec.width)
         self.fc1 = nn.Linear(spec.width, spec.mlp_width)
         self.fc2 = nn.Linear(spec.mlp_width, spec.width)
         self.eps = spec.norm_eps
-
-    def project(self, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return normalised fp32 q and k, and v, each [B, S, h, d]."""
-        normed = modulate(x, shift, scale, self.eps)
-        q, k, v = (p(normed).unflatten(-1, (self.heads, self.head_dim)) for p in (self.q, self.k, self.v))
-        return self.q_norm(q), self.k_norm(k), v
 
     def finish(
         self, x: Tensor, attended: Tensor, gate1: Tensor, shift2: Tensor, scale2: Tensor, gate2: Tensor
@@ -118,12 +128,10 @@ class DoubleBlock(nn.Module):
         """
         i_shift1, i_scale1, i_gate1, i_shift2, i_scale2, i_gate2 = modulation[:, 0].split(1, dim=1)
         t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = modulation[:, 1].split(1, dim=1)
-        image_qkv = self.image.project(image, i_shift1, i_scale1)
-        text_qkv = self.text.project(text, t_shift1, t_scale1)
+        image_qkv = self.image.project(modulate(image, i_shift1, i_scale1, self.image.eps))
+        text_qkv = self.text.project(modulate(text, t_shift1, t_scale1, self.text.eps))
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(image_qkv, text_qkv, strict=True))
-        q = rotate(q, joint_cos, joint_sin).to(v.dtype)
-        k = rotate(k, joint_cos, joint_sin).to(v.dtype)
-        attended = attend(q, k, v, key_lengths)
+        attended = attend_rotated(q, k, v, joint_cos, joint_sin, key_lengths)
         tokens = image.shape[1]
         return (
             self.image.finish(image, attended[:, :tokens], i_gate1, i_shift2, i_scale2, i_gate2),
@@ -139,20 +147,13 @@ class JoinStreams(nn.Module):
         return torch.cat((image, text), dim=1)
 
 
-class SingleBlock(nn.Module):
+class SingleBlock(HeadProjections):
     """Attention and MLP in parallel over the joint sequence (specification 3.6)."""
 
     def __init__(self, spec: DitSpec) -> None:
-        super().__init__()
-        self.heads, self.head_dim = spec.heads, spec.head_dim
-        inner = spec.heads * spec.head_dim
-        self.q = nn.Linear(spec.width, inner)
-        self.k = nn.Linear(spec.width, inner)
-        self.v = nn.Linear(spec.width, inner)
-        self.q_norm = HeadNorm(spec.head_dim, spec.norm_eps)
-        self.k_norm = HeadNorm(spec.head_dim, spec.norm_eps)
+        super().__init__(spec)
         self.fc1 = nn.Linear(spec.width, spec.mlp_width)
-        self.proj_attention = nn.Linear(inner, spec.width)
+        self.proj_attention = nn.Linear(spec.heads * spec.head_dim, spec.width)
         self.proj_mlp = nn.Linear(spec.mlp_width, spec.width, bias=False)
         self.eps = spec.norm_eps
 
@@ -175,12 +176,9 @@ class SingleBlock(nn.Module):
         """
         shift, scale, gate = modulation.split(1, dim=1)
         normed = modulate(joint, shift, scale, self.eps)
-        q, k, v = (p(normed).unflatten(-1, (self.heads, self.head_dim)) for p in (self.q, self.k, self.v))
-        q = rotate(self.q_norm(q), joint_cos, joint_sin).to(v.dtype)
-        k = rotate(self.k_norm(k), joint_cos, joint_sin).to(v.dtype)
-        attended = self.proj_attention(attend(q, k, v, key_lengths))
+        attended = attend_rotated(*self.project(normed), joint_cos, joint_sin, key_lengths)
         hidden = self.proj_mlp(F.gelu(self.fc1(normed), approximate="tanh"))
-        return joint + gated(attended + hidden, gate)
+        return joint + gated(self.proj_attention(attended) + hidden, gate)
 
 
 class FinalLayer(nn.Module):

@@ -191,3 +191,15 @@ def test_the_postcondition() -> None:
     untouched = ir.from_proto(model([TRANSPOSE, PRODUCT], {"xw": ["batch", "tokens", OUT]}))
     with pytest.raises(PostconditionError, match=r"fc\.MatMul still multiplies by a transposed weight"):
         LowerLinearPass().ensures(untouched)
+
+
+def test_layers_that_come_as_gemm_are_named_too() -> None:
+    """The exporter writes two-dimensional layers as Gemm; receipts and profiles look layers up by name."""
+    nodes = [
+        helper.make_node("Gemm", ["x", "fc.weight", "fc.bias"], ["y"], name="Block.fc.Gemm", transB=1),
+        helper.make_node("Neg", ["y"], ["out"]),
+    ]
+    proto = model(nodes, {"out": ["tokens", OUT]}, x=("tokens", IN))
+    lowered, _ = lower(proto)
+    assert [node.name for node in lowered.graph if node.op_type == "Gemm"] == ["fc"]
+    require_equal(proto, lowered, RANDOM.standard_normal((4, IN)).astype(np.float32))
