@@ -164,7 +164,8 @@ def render_shape(shape: str, x: float, y: float, radius: float) -> Array:
     """Return the coverage [H, W] in [0, 1] of one object with edges that are ``EDGE_PIXELS`` wide."""
     rows, columns = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + np.float32(0.5)
     distance = signed_distance(shape, columns - np.float32(x), rows - np.float32(y), radius)
-    return np.clip(0.5 - distance / EDGE_PIXELS, 0.0, 1.0).astype(np.float32)
+    coverage: Array = np.clip(0.5 - distance / EDGE_PIXELS, 0.0, 1.0).astype(np.float32)
+    return coverage
 
 
 def render_mask(placement: Placement, frames: int = FRAMES) -> Array:

@@ -33,15 +33,15 @@ class Plan:
         seed: of the batches.
     """
 
-    steps: int = 1000
-    batch: int = 24
-    image_every: int = 8
+    steps: int = 250
+    batch: int = 16
+    image_every: int = 5
     largest_scale: float = 8.0
-    slope: float = 0.3
+    slope: float = 0.1
     empty: float = 0.05
     shift: float = 4.0
-    muon_rate: float = 2e-3
-    adam_rate: float = 4e-4
+    muon_rate: float = 1e-3
+    adam_rate: float = 2e-4
     average: float = 0.99
     seed: int = 5
 
@@ -97,7 +97,7 @@ def train(plan: Plan) -> None:
         loss = (output - target).square().mean()
         loss.backward()
         ranks.mean_gradients(student)
-        optim.advance(optimisers, optim.rate(step, plan.steps, 50, 0.3, 0.01))
+        optim.advance(optimisers, optim.rate(step, plan.steps, 20, 0.3, 0.01))
         average.update(step)
         total += float(loss.detach())
         spent = seconds + (time.process_time() - began) * ranks.size()
@@ -106,5 +106,5 @@ def train(plan: Plan) -> None:
         if (step + 1) % 50 == 0:
             state.log("distilled", {"step": step + 1, "loss": total / 50, "cpu_seconds": spent})
             total = 0.0
-        if (step + 1) % 250 == 0 or step + 1 == plan.steps:
+        if (step + 1) % 100 == 0 or step + 1 == plan.steps:
             optim.store("distilled", step + 1, spent, student, average, optimisers)

@@ -51,7 +51,7 @@ class Plan:
 
     steps: int = 4_400
     batch: int = 20
-    image_every: int = 12
+    image_every: int = 5
     text_dropout: float = 0.1
     pooled_dropout: float = 0.2
     shift: float = 4.0
@@ -78,11 +78,11 @@ class World:
         text: the encoded captions.
     """
 
-    def __init__(self, held_out: bool = False) -> None:
+    def __init__(self) -> None:
         """Encode the masks of all trajectories once; a painted clip is linear in them."""
         encoder = vae.projections()
         placements = bank.world_placements()
-        self.masks = bank.build(placements, held_out)
+        self.masks = bank.build(placements, held_out=False)
         colours, backgrounds = bank.palette()
         plain = torch.zeros(1, data.FRAMES, data.SIZE, data.SIZE, dtype=torch.uint8).expand(3, -1, -1, -1)
         pair = torch.stack([torch.zeros(3, dtype=torch.long), torch.arange(3)], 1)
@@ -127,15 +127,21 @@ class World:
         return self.plain[pair[:, 1]] + torch.einsum("bk,bkcthw->bcthw", contrast, self.parts[index])
 
     def sample(self, count: int, image: bool, generator: torch.Generator) -> Batch:
-        """Return a random batch; motions are equally likely. ``image`` gives first frames with image captions too."""
+        """Return a random batch of clips, all motions equally likely, or of first frames (``image``).
+
+        Still scenes are sometimes described without a motion; in images always, and they are half of the images.
+        """
+        still = list(data.MOTIONS).index("still")
         motions = torch.randint(len(data.MOTIONS), (count,), generator=generator)
+        if image:
+            motions = torch.where(torch.rand(count, generator=generator) < 0.5, still, motions)
         chance = (self.motion_index[None] == motions[:, None]).float()
         index = torch.multinomial(chance, 1, generator=generator)[:, 0]
         choice = torch.randint(self.masks.colours.shape[1], (count,), generator=generator)
         pair = self.masks.colours[index, choice]
-        phrase = torch.randint(6 if image else 3, (count,), generator=generator).clamp(max=3)
-        unnamed = torch.rand(count, generator=generator) < 0.25
-        phrase = torch.where(unnamed & (motions == list(data.MOTIONS).index("still")), 3, phrase)
+        phrase = torch.randint(3, (count,), generator=generator)
+        unnamed = torch.rand(count, generator=generator) < (1.0 if image else 0.25)
+        phrase = torch.where(unnamed & (motions == still), 3, phrase)
         rows = self.rows[pair[:, 0], self.shape_index[index], motions, pair[:, 1], phrase]
         clean = self._compose(index, pair)
         return Batch(clean[:, :, :1] if image else clean, rows)
@@ -161,7 +167,8 @@ def build(seed: int) -> HunyuanVideoTransformer3DModel:
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Return (attention and feed-forward matrices of the blocks, everything else)."""
-    inner, rest = [], []
+    inner: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         in_block = "blocks." in name and ".norm" not in name
         (inner if in_block and parameter.ndim == 2 else rest).append(parameter)

@@ -18,6 +18,16 @@ from torch import Tensor, nn
 from demo.train import dit, latents, state, text, vae
 
 SHIFT = 5.0
+# What a request of reelforge gets when it does not say otherwise; the published checkpoints have no such file.
+SAMPLING_DEFAULTS = {
+    "steps": 20,
+    "shift": SHIFT,
+    "guidance": 6.0,
+    "height": 64,
+    "width": 64,
+    "frames": 9,
+    "frames_per_second": 8,
+}
 INDEX = {
     "_class_name": "HunyuanVideoPipeline",
     "_diffusers_version": "0.42.1",
@@ -31,7 +41,7 @@ INDEX = {
 }
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def fold_standardisation(model: AutoencoderKLHunyuanVideo, mean: Tensor, deviation: Tensor) -> None:
     """Make ``model`` speak standardised latents times its scaling factor's inverse; mean and deviation are [16]."""
     scale = float(model.config.scaling_factor)
@@ -63,7 +73,7 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path, tokens: dict[str, str],
 
 
 def _save_half(module: nn.Module, folder: Path) -> None:
-    module.half().save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
+    module.half().save_pretrained(folder, safe_serialization=True)
 
 
 def transformer() -> tuple[HunyuanVideoTransformer3DModel, str]:
@@ -111,3 +121,4 @@ def write(target: Path) -> None:
     FlowMatchEulerDiscreteScheduler(shift=SHIFT).save_pretrained(target / "scheduler")
     _write_json(target / "model_index.json", INDEX)
     _write_json(target / "prompt_template.json", {"template": text.TEMPLATE, "crop_start": text.crop_start()})
+    _write_json(target / "sampling_defaults.json", SAMPLING_DEFAULTS)

@@ -65,7 +65,7 @@ def fit(pixels: Tensor) -> list[Projection]:
 
     The last one is scaled per channel by variance ** -0.3, between plain and fully whitened principal components.
     """
-    projections = []
+    projections: list[Projection] = []
     features = pixels
     for stage, width in zip(STAGES, WIDTHS, strict=True):
         cut = blocks(features, stage)
@@ -79,33 +79,6 @@ def fit(pixels: Tensor) -> list[Projection]:
         projections.append(Projection(weight, -weight @ mean))
         features = project(features, stage, projections[-1])
     return projections
-
-
-def linear_decoder(latents: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the least-squares map (weight [17, 768], residual mean square) from cells back to pixel blocks."""
-    first = latents.permute(0, 2, 3, 4, 1).reshape(-1, LATENT_CHANNELS)
-    padded = torch.cat([pixels[:, :, :1]] * 3 + [pixels], 2)
-    cut = blocks_4x8x8(padded)
-    ones = torch.ones(len(first), 1)
-    solution = torch.linalg.lstsq(torch.cat([first, ones], 1), cut).solution
-    residual = torch.cat([first, ones], 1) @ solution - cut
-    return solution, residual.square().mean()
-
-
-def blocks_4x8x8(padded: Tensor) -> Tensor:
-    """Cut [B, 3, 4 * T', H, W] into rows [B * T' * H' * W', 768] ordered (channel, frame, row, column)."""
-    batch, _, frames, rows, columns = padded.shape
-    cut = padded.reshape(batch, 3, frames // 4, 4, rows // 8, 8, columns // 8, 8)
-    return cut.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(-1, 768)
-
-
-def decode_linearly(latents: Tensor, solution: Tensor) -> Tensor:
-    """Return a rough clip [B, 3, T, H, W] from latents with the map of ``linear_decoder``: for quick checks only."""
-    batch, _, frames, rows, columns = latents.shape
-    flat = latents.permute(0, 2, 3, 4, 1).reshape(-1, LATENT_CHANNELS)
-    cut = torch.cat([flat, torch.ones(len(flat), 1)], 1) @ solution
-    clip = cut.reshape(batch, frames, rows, columns, 3, 4, 8, 8).permute(0, 4, 1, 5, 2, 6, 3, 7)
-    return clip.reshape(batch, 3, frames * 4, rows * 8, columns * 8)[:, :, 3:]
 
 
 def _zero(convolution: nn.Conv3d) -> None:
@@ -126,7 +99,7 @@ def _write_stage(convolution: nn.Conv3d, stage: tuple[int, int, int], projection
     convolution.bias[:outputs] = projection.bias
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def write_encoder(vae: AutoencoderKLHunyuanVideo, projections: list[Projection]) -> None:
     """Write the analytic map into ``vae``'s encoder, and the identity into ``quant_conv``.
 

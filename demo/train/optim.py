@@ -26,15 +26,15 @@ def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
     return (current.mT if tall else current).to(matrices.dtype)
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(torch.optim.Optimizer):  # type: ignore[misc]
     """Momentum with orthogonalised updates for weights of two or more dimensions, batched over equal shapes."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
         """Store the settings; every parameter is seen as a matrix [first dimension, rest]."""
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def step(self, closure: None = None) -> None:  # noqa: ARG002
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             by_shape: dict[tuple[int, ...], list[tuple[nn.Parameter, Tensor]]] = {}
@@ -75,7 +75,7 @@ class Average:
         self.names = [name for name, _ in module.named_parameters()]
         self.values = [p.detach().clone() for p in self.live]
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def update(self, step: int) -> None:
         """Move the average towards the parameters after optimiser step ``step`` (from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))

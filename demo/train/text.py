@@ -110,7 +110,7 @@ def _round_to_half(module: nn.Module) -> None:
         parameter.requires_grad_(False)
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def llm(seed: int = 0) -> LlamaModel:
     """Return the frozen LLaMA: states of layer ``LLM_LAYERS - 2`` are used, as in the original."""
     tokenizer = llm_tokenizer()
@@ -140,7 +140,7 @@ def llm(seed: int = 0) -> LlamaModel:
     return model.eval()
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def clip(seed: int = 0) -> CLIPTextModel:
     """Return the frozen CLIP text tower, whose pooled state tells the prompt's words apart."""
     tokenizer = clip_tokenizer()
@@ -203,7 +203,7 @@ def _by_length(sequences: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]
         yield rows, torch.tensor([sequences[row] for row in rows])
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def encode(captions: Iterable[str]) -> TextBank:
     """Encode captions on their valid tokens only, which equals what the pipeline does with padding.
 

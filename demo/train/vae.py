@@ -62,7 +62,7 @@ def projections() -> list[latents.Projection]:
     return [latents.Projection(**entry) for entry in stored]
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def initialise(vae: AutoencoderKLHunyuanVideo) -> None:
     """Start the decoder as a smooth interpolation: silent residual branches, bilinear upsampling convolutions."""
     decoder = vae.decoder
@@ -177,7 +177,7 @@ def train(plan: Plan) -> None:
             optim.store("vae", step + 1, spent, decoder, average, optimisers)
 
 
-@torch.no_grad()
+@torch.no_grad()  # type: ignore[untyped-decorator]
 def psnr(vae: AutoencoderKLHunyuanVideo, average: optim.Average, count: int, seed: int) -> float:
     """Return the PSNR in dB (mean over clips, pixels in [0, 1]) of the averaged decoder on held-out combinations."""
     generator = torch.Generator().manual_seed(seed + 77)
