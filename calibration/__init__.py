@@ -1,1 +1,1 @@
-"""Calibration: observers, scales and quantised weights (empty until it is written)."""
+"""Calibration: number formats, statistics, scales, smoothing and scale files; what observes engines is not here yet."""

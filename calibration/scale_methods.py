@@ -1,0 +1,224 @@
+"""From statistics to scales: where to clip a tensor so that 8 bits serve it best.
+
+Every method returns ``clip / number_format.largest`` for one clip per tensor. They see the histogram of
+magnitudes and nothing else: not the layer, not what its error does to the picture.
+
+The methods:
+    ``max``: the largest magnitude; nothing is clipped.
+    ``percentile``: the magnitude below which the given share of elements lies.
+    ``mse``: the clip with the smallest expected squared error. Elements count as spread evenly within their bin, over
+        which the squared distance to the nearest value of the format's real grid is integrated in closed form; this
+        covers INT8's equal steps, FP8's relative ones and what is cut off alike. Exact zeros, which cost nothing in
+        truth, count as any other element of the first bin.
+    ``entropy``: the clip with the smallest Kullback-Leibler divergence between the clipped histogram and itself seen
+        through the format's levels: S. Migacz, "8-bit Inference with TensorRT", GTC 2017 (S7310), "Entropy
+        Calibration - pseudocode". Published for INT8 with 128 equal levels; for FP8 its own levels are used instead.
+        Unlike the publication, levels share bins evenly where their number does not divide, a clip whose last bin was
+        empty before the outliers were added is no candidate (its divergence is infinite), and no half bin is added.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reelforge.calibration.errors import CalibrationError, NonFiniteError
+from reelforge.calibration.number_formats import NumberFormat
+from reelforge.calibration.statistics import BINS, TensorStatistics
+
+DEFAULT_PERCENTILE = 99.99
+
+_SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
+_ENTROPY_BINS = 2048  # as published
+_ENTROPY_LEVELS = 128
+_COARSE_CLIPS = 2.0 ** -np.arange(0, 12, 1 / 16)
+_FINE_CLIPS = 2.0 ** np.linspace(-1 / 16, 1 / 16, 33)
+
+
+class ScaleMethod(enum.Enum):
+    """How a tensor's clip is chosen; the module's docstring says what each does."""
+
+    MAX = "max"
+    PERCENTILE = "percentile"
+    MSE = "mse"
+    ENTROPY = "entropy"
+
+
+def activation_scale(
+    statistics: TensorStatistics,
+    number_format: NumberFormat,
+    method: ScaleMethod,
+    percentile: float = DEFAULT_PERCENTILE,
+) -> np.float32:
+    """Return one scale for the whole tensor, positive and finite; 1 for a tensor that was always zero.
+
+    Args:
+        statistics: What was observed of it.
+        number_format: The format it will be quantised to.
+        method: How the clip is chosen.
+        percentile: For that method, in percent of the elements; 99.9 to 99.999 are usual.
+
+    Raises:
+        CalibrationError: If nothing was observed, something not finite was, or the percentile is not in (0, 100].
+    """
+    if statistics.non_finite:
+        raise CalibrationError(
+            "the statistics of a tensor met values that are not finite.",
+            received=f"{statistics.non_finite} NaN or infinite elements",
+            expected="finite values",
+            fix="keep the layer that produced them in high precision and calibrate again",
+        )
+    if not statistics.count:
+        raise CalibrationError(
+            "a tensor was never observed.",
+            received="0 elements",
+            expected="at least one calibration step that runs its layer",
+            fix="calibrate with the same stages and recipe that will be built",
+        )
+    if method is ScaleMethod.PERCENTILE:
+        clip = percentile_clip(statistics, percentile)
+    elif method is ScaleMethod.MSE:
+        clip = mse_clip(statistics, number_format)
+    elif method is ScaleMethod.ENTROPY:
+        clip = entropy_clip(statistics, number_format)
+    else:
+        clip = statistics.absolute_maximum
+    return np.float32(_positive(np.asarray(clip) / number_format.largest))
+
+
+def weight_scales(weight: NDArray[Any], number_format: NumberFormat, axis: int = 0) -> NDArray[np.float32]:
+    """Return one scale per output channel, fp32 ``[weight.shape[axis]]``: the channel's largest magnitude is kept.
+
+    All are positive and finite; a channel of zeros has the scale 1, with which it stays zero.
+
+    Raises:
+        NonFiniteError: If the weight holds NaN or infinities.
+    """
+    others = tuple(index for index in range(weight.ndim) if index != axis % weight.ndim)
+    values = weight.astype(np.float32, copy=False)
+    maxima = np.maximum(values.max(axis=others, initial=0), -values.min(axis=others, initial=0))
+    if not np.isfinite(maxima).all():
+        raise NonFiniteError(int(np.isnan(values).sum()), int(np.isinf(values).sum()), values.size, "a weight")
+    return _positive(maxima / np.float32(number_format.largest))
+
+
+def percentile_clip(statistics: TensorStatistics, percentile: float) -> float:
+    """Return the magnitude below which ``percentile`` percent of the elements lie, interpolated within its bin.
+
+    Raises:
+        CalibrationError: If the percentile is not in (0, 100].
+    """
+    if not 0 < percentile <= 100:
+        raise CalibrationError(
+            f"the percentile {percentile} is not possible.",
+            received=percentile,
+            expected="a number above 0 and up to 100",
+            fix="use 99.99, or 99.999 to keep more outliers",
+        )
+    rank = percentile / 100 * statistics.count
+    cumulative = np.cumsum(statistics.histogram)
+    index = min(int(np.searchsorted(cumulative, rank)), BINS - 1)
+    inside = (rank - (cumulative[index] - statistics.histogram[index])) / statistics.histogram[index]
+    return float(min((index + inside) * statistics.bin_width, statistics.absolute_maximum))
+
+
+def mse_clip(statistics: TensorStatistics, number_format: NumberFormat) -> float:
+    """Return the clip with the smallest expected squared error, searched over 12 octaves below the maximum."""
+    edges, counts = _density(statistics)
+    largest = edges[-1]
+    if largest == 0:
+        return 0.0
+    coarse = largest * _COARSE_CLIPS
+    best = coarse[np.argmin([squared_error(edges, counts, number_format, clip) for clip in coarse])]
+    fine = np.minimum(best * _FINE_CLIPS, largest)
+    return float(fine[np.argmin([squared_error(edges, counts, number_format, clip) for clip in fine])])
+
+
+def squared_error(
+    edges: NDArray[np.float64], counts: NDArray[np.float64], number_format: NumberFormat, clip: float
+) -> float:
+    """Return the mean squared error of magnitudes that are spread evenly within bins, when clipped at ``clip``.
+
+    Args:
+        edges: The bins' edges, rising strictly, ``[N + 1]``, the first one zero.
+        counts: Elements per bin, ``[N]``.
+        number_format: The format, whose largest value stands for ``clip``.
+        clip: Positive.
+    """
+    scale = clip / number_format.largest
+    integral = _error_integral(edges / scale, number_format.grid)
+    return float(np.sum(counts * np.diff(integral) / np.diff(edges)) * scale**3 / counts.sum())
+
+
+def entropy_clip(statistics: TensorStatistics, number_format: NumberFormat) -> float:
+    """Return the clip with the smallest divergence; see the module's docstring for the source."""
+    counts = statistics.histogram.reshape(_ENTROPY_BINS, -1).sum(axis=1).astype(np.float64)
+    width = statistics.bin_width * (BINS // _ENTROPY_BINS)
+    used = int(np.flatnonzero(counts)[-1]) + 1
+    if used < _ENTROPY_LEVELS:  # only if all is below the smallest range of the histogram
+        return statistics.absolute_maximum
+    candidates = range(_ENTROPY_LEVELS, used + 1)
+    best = candidates[int(np.argmin([_divergence(counts[:used], size, number_format) for size in candidates]))]
+    return min(best * width, statistics.absolute_maximum)
+
+
+def _positive(scales: NDArray[Any]) -> NDArray[np.float32]:
+    return np.where(scales > 0, np.maximum(scales, _SMALLEST_SCALE), 1).astype(np.float32)
+
+
+def _density(statistics: TensorStatistics) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return edges and counts up to the bin of the largest magnitude, which ends that bin if it lies inside."""
+    largest = statistics.absolute_maximum
+    used = int(np.flatnonzero(statistics.histogram)[-1]) + 1
+    edges = np.arange(used + 1, dtype=np.float64) * np.float64(statistics.bin_width)
+    counts = statistics.histogram[:used].astype(np.float64)
+    if edges[used - 1] < largest:
+        edges[used] = largest
+        return edges, counts
+    if used > 1:  # the last bin is a single point at its lower edge: count it below that edge
+        counts[used - 2] += counts[used - 1]
+    return edges[:used], counts[: used - 1]
+
+
+def _error_integral(points: NDArray[np.float64], grid: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the integral from 0 to each point of the squared distance to the nearest value of ``grid``."""
+    middles = (grid[1:] + grid[:-1]) / 2
+    starts = np.concatenate([grid[:1], middles])  # each value of the grid serves the points from its start on
+    before = (starts - grid) ** 3 / 3
+    whole_cells = np.cumsum(np.concatenate([[0.0], (middles - grid[:-1]) ** 3 / 3 - before[:-1]]))
+    cell = np.searchsorted(middles, points, side="right")
+    integral: NDArray[np.float64] = whole_cells[cell] + (points - grid[cell]) ** 3 / 3 - before[cell]
+    return integral
+
+
+def _divergence(counts: NDArray[np.float64], size: int, number_format: NumberFormat) -> float:
+    """Return KL(P, Q): P the first ``size`` bins with the others added to the last one, Q those bins by levels."""
+    kept = counts[:size]
+    outliers = counts[size:].sum()
+    if kept[-1] == 0 and outliers:
+        return np.inf
+    filled = kept > 0
+    starts = _level_starts(size, number_format)
+    level_of_bin = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, size)))
+    filled_per_level = np.add.reduceat(filled, starts, dtype=np.int64)
+    means = np.add.reduceat(kept, starts) / np.maximum(filled_per_level, 1)
+    candidate = means[level_of_bin][filled]
+    reference = kept.copy()
+    reference[-1] += outliers
+    reference = reference[filled]
+    total = counts.sum()
+    # Q sums to what is kept, P to everything.
+    return float(np.sum(reference * np.log(reference / candidate)) / total + np.log(kept.sum() / total))
+
+
+def _level_starts(size: int, number_format: NumberFormat) -> NDArray[np.int64]:
+    """Return the first bin of each level when ``size`` bins are quantised."""
+    if number_format.mantissa_bits is None:
+        return np.arange(_ENTROPY_LEVELS) * size // _ENTROPY_LEVELS
+    grid = number_format.grid
+    starts = np.rint((grid[1:] + grid[:-1]) / 2 * (size / number_format.largest)).astype(np.int64)
+    starts = np.unique(np.append(0, starts))
+    return starts[starts < size]
