@@ -78,7 +78,7 @@ out/demo.checkpoint/model_index.json:
 lint: $(STAMP) $(LINKS) ## Check style and types
 	"$(BIN)/ruff" check .
 	"$(BIN)/ruff" format --check .
-	"$(BIN)/mypy" $(PACKAGES:%=-p reelforge.%)
+	"$(BIN)/mypy" $(PACKAGES:%=-p reelforge.%) -p demo
 
 # One thread per operator: the workers share the cores already.
 test: lint ## Check style and types, then run all tests

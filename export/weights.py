@@ -7,6 +7,7 @@ for its digest, its NaN count and its conversion together. The module knows no g
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,9 +53,14 @@ def resolve_stages(
     return resolved
 
 
+def converted_bytes(weights: Mapping[str, Resolved]) -> int:
+    """Return how many bytes of ``weights`` must be written anew."""
+    return sum(weight.nbytes for weight in weights.values() if isinstance(weight, Conversion))
+
+
 @dataclass
 class WeightPlacer:
-    """Brings resolved weights into a bundle that is being written.
+    """Brings resolved weights into a bundle that is being written; stages may be placed from several threads.
 
     Attributes:
         writer: The bundle.
@@ -66,6 +72,7 @@ class WeightPlacer:
     copied: list[str] = field(default_factory=list)
     non_finite: dict[str, int] = field(default_factory=dict)
     _linked: dict[Path, str] = field(default_factory=dict)
+    _linking: threading.Lock = field(default_factory=threading.Lock)
 
     def place(
         self, stage: Stage, resolved: Mapping[str, Resolved], progress: Progress | None = None
@@ -85,7 +92,7 @@ class WeightPlacer:
         entries: dict[str, WeightEntry] = {}
         if conversions:
             file = f"weights/{stage.name}.safetensors"
-            self.writer.require_space(sum(weight.nbytes for weight in conversions.values()))
+            self.writer.require_space(converted_bytes(resolved))
             for name, written in write_converted(self.writer.path(file), conversions, progress).items():
                 ref = written.ref
                 shape = tuple(conversions[name].shape)
@@ -103,9 +110,10 @@ class WeightPlacer:
             self.non_finite[f"{stage.name}.{name}"] = non_finite
 
     def _link(self, component: str, source: Path) -> str:
-        if source not in self._linked:
-            name = f"weights/{component}.{source.name}"
-            if self.writer.link_weight_file(source, name) is Placement.COPIED:
-                self.copied.append(name)
-            self._linked[source] = name
-        return self._linked[source]
+        with self._linking:  # stages of one component share files
+            if source not in self._linked:
+                name = f"weights/{component}.{source.name}"
+                if self.writer.link_weight_file(source, name) is Placement.COPIED:
+                    self.copied.append(name)
+                self._linked[source] = name
+            return self._linked[source]

@@ -114,6 +114,7 @@ def write_safetensors(
             by_size = sorted(tensors, key=lambda item: -nbytes_of(item.dtype, item.shape))
             jobs = {item.name: partial(_write_one, descriptor, layout.refs[item.name], item, meter) for item in by_size}
             written = in_threads(jobs, meter, threads)
+            os.fsync(descriptor)  # here, where other threads still have work, and not all at once at the end
     except OSError as error:
         if created:
             path.unlink(missing_ok=True)

@@ -38,8 +38,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 """Names of the safetensors format, and the little-endian numpy types they stand for."""
 
-PIECE_BYTES = 1 << 20
-"""Tensors are read in pieces of this size: small enough for a core's cache, large enough to amortise the calls."""
+PIECE_BYTES = 4 << 20
+"""Tensors are read in pieces of this size: small enough to stay near a core, large enough to amortise the calls."""
 
 DROP_BEHIND_BYTES = 8 << 20
 """Tensors from this size on leave no pages behind in the cache: a build reads each once, and 40 GB of pages read once
