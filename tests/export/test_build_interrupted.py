@@ -39,7 +39,7 @@ def test_ctrl_c_while_tracing(tiny_checkpoint: Path, output: Path, monkeypatch: 
 
 
 def test_ctrl_c_while_weights_are_placed(tiny_checkpoint: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The thread that places weights gives up at its next piece, and the folder goes after it has."""
+    """The threads that place weights give up at their next piece, and the folder goes after they have."""
     begun: list[str] = []
     stopped: list[float] = []
 
@@ -58,7 +58,7 @@ def test_ctrl_c_while_weights_are_placed(tiny_checkpoint: Path, output: Path, mo
         build(tiny_checkpoint, output, events=BuildEvents(weights=weights))
     ended = time.monotonic()
     assert list(output.parent.iterdir()) == []
-    assert set(begun) == {"llm"}  # no other stage was begun
+    assert set(begun) <= {"dit", "modulation"}  # the two with conversions come first; no third stage was begun
     time.sleep(0.05)
     assert max(stopped) <= ended
 
