@@ -86,7 +86,7 @@ def build_engine(
 
     \b
     Examples:
-      build-engine hunyuanvideo-community/HunyuanVideo -o hv.bundle
+      build-engine models/HunyuanVideo -o hv.bundle
       build-engine ckpts -o hv-720p.bundle --precision fp16 --shapes 720x1280x129,544x960x129
     """  # noqa: D301 - \b is click's mark for text that it does not wrap
     parsed_target = Target.parse(target)
