@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from reelforge.calibration.rules import StageRules
 from reelforge.export.checkpoint.component import Checkpoint, Layout
 from reelforge.export.checkpoint.match import Explained
 from reelforge.export.checkpoint.sources import Source
 from reelforge.export.models.hunyuan_video import keys_diffusers, keys_tencent
+from reelforge.export.models.hunyuan_video.quantisation import quantisation_rules
 from reelforge.export.models.hunyuan_video.spec_from_checkpoint import Numerics, model_spec
 from reelforge.export.models.hunyuan_video.stages import STAGE_NAMES, hunyuan_video_stages
 from reelforge.export.stage import Stage
@@ -43,12 +45,14 @@ class Family:
         spec: Reads the numbers of a checkpoint.
         stages: Lists the stages for a spec and a batch size.
         key_maps: By checkpoint layout.
+        quantisation: Which layers of which stages may be computed in 8 bits.
     """
 
     stage_names: tuple[str, ...]
     spec: Callable[[Checkpoint, Numerics], ModelSpec]
     stages: Callable[[ModelSpec, int], tuple[Stage, ...]]
     key_maps: Mapping[Layout, KeyMap]
+    quantisation: Callable[[ModelSpec], Mapping[str, StageRules]]
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -60,5 +64,6 @@ FAMILIES: Mapping[str, Family] = {
             Layout.DIFFUSERS: KeyMap(keys_diffusers.stage_sources, keys_diffusers.explained),
             Layout.TENCENT: KeyMap(keys_tencent.stage_sources, keys_tencent.explained),
         },
+        quantisation=quantisation_rules,
     ),
 }

@@ -1,0 +1,126 @@
+"""QuantiseLayersPass: chosen layers read an 8-bit activation and an 8-bit stored weight.
+
+``x -> QuantizeLinear -> DequantizeLinear -> layer`` with one scale per tensor, and ``codes -> DequantizeLinear ->
+layer`` with one scale per output channel; the bias is added after the layer in high precision. Every backend of this
+project recognises this form and computes the product in 8 bits: a ``Gemm`` without a third input is what ONNX Runtime
+fuses to ``QGemm`` (with a float bias inside, it computes in fp32 on dequantised weights). The pass does not know how
+scales or codes were made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, PreconditionError
+
+from reelforge.export.passes.editing import GraphEditor
+from reelforge.export.passes.layers import Layer, weighted_layers
+
+CODE_TYPES = (ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN)
+
+
+@dataclass(frozen=True)
+class QuantisedLayer:
+    """What one layer becomes.
+
+    Attributes:
+        codes: The weight in 8 bits, shaped as before: int8 or float8_e4m3fn.
+        weight_scale: fp32 ``[out]``.
+        activation_scale: Of the layer's input.
+    """
+
+    codes: ir.TensorProtocol
+    weight_scale: ir.TensorProtocol
+    activation_scale: float
+
+
+class QuantiseLayersPass(InPlacePass):
+    """Insert the Q/DQ pairs of ``layers`` and let their weights be stored codes.
+
+    Args:
+        layers: By layer name; every one must be in the graph.
+    """
+
+    def __init__(self, layers: Mapping[str, QuantisedLayer]) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def requires(self, model: ir.Model) -> None:
+        """Every layer to quantise is in the graph."""
+        missing = sorted(set(self.layers) - set(weighted_layers(model.graph)))
+        if missing:
+            raise PreconditionError(f"{model.graph.name} has no layers {', '.join(missing[:5])}")
+
+    def call(self, model: ir.Model) -> PassResult:
+        """Quantise each layer."""
+        found = weighted_layers(model.graph)
+        for name, quantised in self.layers.items():
+            _quantise(model.graph, found[name], quantised)
+        return PassResult(model, modified=bool(self.layers))
+
+    def ensures(self, model: ir.Model) -> None:
+        """Each layer's two operands are dequantised."""
+        for node in model.graph:
+            if node.name in self.layers and node.op_type in ("Gemm", "Conv"):
+                for operand in node.inputs[:2]:
+                    producer = None if operand is None else operand.producer()
+                    if producer is None or producer.op_type != "DequantizeLinear":
+                        raise PostconditionError(f"{node.name} has an operand in high precision")
+
+
+def _quantise(graph: ir.Graph, layer: Layer, quantised: QuantisedLayer) -> None:
+    old = layer.node
+    editor = GraphEditor(graph, old, layer.name)
+    kind = quantised.codes.dtype
+    if kind not in CODE_TYPES:
+        raise AssertionError(f"{layer.name}: codes of type {kind}")
+    scale = editor.constant([quantised.activation_scale], ir.DataType.FLOAT, scalar=True)
+    zero = editor.constant([0], kind, scalar=True)
+    pair = (scale, zero)
+    shape = _sizes(layer.activation)
+    eight_bits = editor.emit("QuantizeLinear", [layer.activation, *pair], kind=ir.TensorType(kind), shape=shape)
+    activation = editor.emit("DequantizeLinear", [eight_bits, *pair], kind=layer.activation.type, shape=shape)
+    codes = _stored(graph, f"{layer.name}.weight.{kind.name.lower()}", quantised.codes)
+    scales = _stored(graph, f"{layer.name}.weight.scale", quantised.weight_scale)
+    weight = editor.emit(
+        "DequantizeLinear",
+        [codes, scales, _zeros(graph, quantised.weight_scale.shape.numpy()[0], kind)],
+        {"axis": 0},
+        kind=ir.TensorType(ir.DataType.FLOAT),
+        shape=quantised.codes.shape.numpy(),
+        name=f"{layer.name}.weight.DequantizeLinear",
+    )
+    inside = old.op_type == "Conv" or kind != ir.DataType.INT8
+    bias_inside = [layer.bias] if layer.bias is not None and inside else []
+    result = ir.Value(name=layer.name, type=old.outputs[0].type, shape=old.outputs[0].shape)
+    old.outputs[0].name = f"{layer.name}.replaced"
+    node = ir.Node(
+        "", old.op_type, [activation, weight, *bias_inside], old.attributes.values(), outputs=[result], name=layer.name
+    )
+    graph.insert_before(old, node)
+    if layer.bias is not None and not bias_inside:
+        result = editor.emit("Add", [result, layer.bias], kind=result.type, shape=_sizes(result))
+    editor.replace(result)
+
+
+def _stored(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    value = ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def _zeros(graph: ir.Graph, channels: int, kind: ir.DataType) -> ir.Value:
+    """Return the zero points of ``channels`` channels; ONNX Runtime fuses no pair that leaves them out."""
+    name = f"constant.{kind.name.lower()}.zeros.{channels}"
+    if name not in graph.initializers:
+        _stored(graph, name, ir.tensor(np.zeros(channels, kind.numpy()), dtype=kind, name=name))
+    return graph.initializers[name]
+
+
+def _sizes(value: ir.Value) -> list[int | None] | None:
+    return None if value.shape is None else [size if isinstance(size, int) else None for size in value.shape]
