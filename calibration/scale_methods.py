@@ -102,6 +102,14 @@ def weight_scales(weight: NDArray[Any], number_format: NumberFormat, axis: int =
     maxima = np.maximum(values.max(axis=others, initial=0), -values.min(axis=others, initial=0))
     if not np.isfinite(maxima).all():
         raise NonFiniteError(int(np.isnan(values).sum()), int(np.isinf(values).sum()), values.size, "a weight")
+    return scales_of_maxima(maxima, number_format)
+
+
+def scales_of_maxima(maxima: NDArray[np.float32], number_format: NumberFormat) -> NDArray[np.float32]:
+    """Return the scales with which ``maxima`` (fp32, any shape, finite, not negative) become the largest value.
+
+    All are positive and finite; 1 where the maximum is zero.
+    """
     return _positive(maxima / np.float32(number_format.largest))
 
 

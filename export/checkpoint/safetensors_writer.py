@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import shutil
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +27,11 @@ from reelforge.export.checkpoint.tensor_ref import DTYPES, TensorRef, nbytes_of
 from reelforge.runtime.errors import BuildError
 
 DATA_ALIGNMENT = 64
+
+WRITE_BEHIND_BYTES = 128 << 20
+"""How much of a file stays in the page cache behind the place of writing. Files of many gigabytes would push out all
+else, and on a virtual machine a page that was never touched costs several times the copy into it: with the same few
+pages used again and again, writing is four to five times as fast."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +118,9 @@ def write_safetensors(
             descriptor = file.fileno()
             os.ftruncate(descriptor, layout.nbytes)
             _write_at(descriptor, layout.header, 0)
+            behind = _WriteBehind(descriptor)
             by_size = sorted(tensors, key=lambda item: -nbytes_of(item.dtype, item.shape))
-            jobs = {item.name: partial(_write_one, descriptor, layout.refs[item.name], item, meter) for item in by_size}
+            jobs = {item.name: partial(_write_one, behind, layout.refs[item.name], item, meter) for item in by_size}
             written = in_threads(jobs, meter, threads)
             os.fsync(descriptor)  # here, where other threads still have work, and not all at once at the end
     except OSError as error:
@@ -148,7 +156,38 @@ def write_converted(
     return {name: written[name] for name in conversions}
 
 
-def _write_one(descriptor: int, ref: TensorRef, tensor: StreamedTensor, meter: ProgressMeter) -> WrittenTensor:
+class _WriteBehind:
+    """Writes to a file from several threads; the disk starts at once, and what it has taken is dropped from the cache.
+
+    Args:
+        descriptor: The file, open for writing.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._lock = threading.Lock()
+        self._cached: deque[tuple[int, int]] = deque()
+        self._cached_bytes = 0
+
+    def write(self, data: memoryview, position: int) -> None:
+        """Write ``data`` at ``position``."""
+        _write_at(self._descriptor, data, position)
+        self._forget(position, data.nbytes)  # dirty pages cannot be dropped, but this starts writing them
+        with self._lock:
+            self._cached.append((position, data.nbytes))
+            self._cached_bytes += data.nbytes
+            dropped = []
+            while self._cached_bytes > WRITE_BEHIND_BYTES:
+                dropped.append(self._cached.popleft())
+                self._cached_bytes -= dropped[-1][1]
+        for start, nbytes in dropped:
+            self._forget(start, nbytes)
+
+    def _forget(self, position: int, nbytes: int) -> None:
+        os.posix_fadvise(self._descriptor, position, nbytes, os.POSIX_FADV_DONTNEED)
+
+
+def _write_one(behind: _WriteBehind, ref: TensorRef, tensor: StreamedTensor, meter: ProgressMeter) -> WrittenTensor:
     sha = hashlib.sha256()
     non_finite = done = 0
     for piece in tensor.pieces():
@@ -156,7 +195,7 @@ def _write_one(descriptor: int, ref: TensorRef, tensor: StreamedTensor, meter: P
             raise ValueError(f"the stream of {tensor.name!r} is longer than {ref.nbytes} bytes")
         sha.update(piece.data)
         non_finite += count_non_finite(piece, tensor.dtype)
-        _write_at(descriptor, piece.data, ref.offset + done)
+        behind.write(piece.data, ref.offset + done)
         done += piece.nbytes
         meter.advance(piece.nbytes)
     if done != ref.nbytes:
