@@ -10,7 +10,7 @@ Letters: ``C`` channels, ``T`` ``H`` ``W`` latent frames, rows and columns, ``L`
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,15 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class TextInputs:
+    """What the text encoders read of a prompt: the inputs of ``llm`` and ``clip``, and sentences for the user."""
+
+    llm: dict[str, Array]
+    clip: dict[str, Array]
+    notices: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -178,17 +187,31 @@ class Pipeline:
             EngineError: If an engine fails.
         """
         report = on_progress or _ignore
+        inputs = self.text_inputs(prompt)
+        with self.engine("llm") as llm:
+            states = llm.run(inputs.llm)["prompt_states"]
+        report(Progress("text", 1, 2))
+        with self.engine("clip") as clip:
+            pooled = clip.run(inputs.clip)["pooled_text"]
+        report(Progress("text", 2, 2))
+        return self.text_encoding(inputs, states, pooled)
+
+    def text_inputs(self, prompt: str) -> TextInputs:
+        """Return what both text encoders take for a prompt.
+
+        Raises:
+            RequestError: If the prompt is not valid Unicode text.
+        """
         template = self.bundle.manifest.prompt_template
         words = llm_tokens(prompt, self.bundle.tokenizer_path("llm"), template, self.spec.llm)
         pooled_words = clip_tokens(prompt, self.bundle.tokenizer_path("clip"), self.spec.clip)
-        with self.engine("llm") as llm:
-            states = llm.run({"input_ids": words.ids})["prompt_states"][:, template.crop_start :].copy()
-        report(Progress("text", 1, 2))
-        with self.engine("clip") as clip:
-            pooled = clip.run({"clip_ids": pooled_words.ids})["pooled_text"]
-        report(Progress("text", 2, 2))
         notices = tuple(tokens.notice for tokens in (words, pooled_words) if tokens.notice is not None)
-        return TextEncoding(states, pooled, notices)
+        return TextInputs({"input_ids": words.ids}, {"clip_ids": pooled_words.ids}, notices)
+
+    def text_encoding(self, inputs: TextInputs, states: FloatArray, pooled: FloatArray) -> TextEncoding:
+        """Return the encoding of a prompt, given what ``llm`` (``prompt_states``) and ``clip`` made of its inputs."""
+        cropped = states[:, self.bundle.manifest.prompt_template.crop_start :].copy()
+        return TextEncoding(cropped, pooled, inputs.notices)
 
     def condition(
         self, request: ResolvedRequest, text: TextEncoding, on_progress: OnProgress | None = None
@@ -199,25 +222,39 @@ class Pipeline:
             EngineError: If an engine fails.
         """
         report = on_progress or _ignore
-        dit = self.spec.dit
-        sigmas = flow_match_sigmas(request.steps, request.shift)
-        times = sinusoids(timesteps(sigmas), dit.sinusoid_width)
         with self.engine("refiner") as refiner:
-            refined = refiner.run({"text_states": text.states, "timestep_embedding": times})["text"]
+            refined = refiner.run(self.refiner_inputs(request, text))["text"]
         report(Progress("conditioning", 1, 2))
-        inputs = {"timestep_embedding": times, "pooled_text": text.pooled}
-        if dit.guidance_embedding:
-            guidance = guidance_value(request.guidance, self.spec.guidance_rounding)
-            inputs["guidance_embedding"] = sinusoids([guidance], dit.sinusoid_width)
         with self.engine("modulation") as modulation:
-            vectors = modulation.run(inputs)
+            vectors = modulation.run(self.modulation_inputs(request, text))
         report(Progress("conditioning", 2, 2))
+        return self.conditions(request, refined, vectors)
+
+    def refiner_inputs(self, request: ResolvedRequest, text: TextEncoding) -> dict[str, Array]:
+        """Return what ``refiner`` takes."""
+        return {"text_states": text.states, "timestep_embedding": self._timestep_embedding(request)}
+
+    def modulation_inputs(self, request: ResolvedRequest, text: TextEncoding) -> dict[str, Array]:
+        """Return what ``modulation`` takes."""
+        inputs: dict[str, Array] = {
+            "timestep_embedding": self._timestep_embedding(request),
+            "pooled_text": text.pooled,
+        }
+        if self.spec.dit.guidance_embedding:
+            guidance = guidance_value(request.guidance, self.spec.guidance_rounding)
+            inputs["guidance_embedding"] = sinusoids([guidance], self.spec.dit.sinusoid_width)
+        return inputs
+
+    def conditions(self, request: ResolvedRequest, refined: Array, vectors: Mapping[str, Array]) -> Conditions:
+        """Return what ``dit`` is told, given what ``refiner`` (``text``) and ``modulation`` made of their inputs."""
+        dit = self.spec.dit
         cos, sin = rope_tables(self.token_grid(request.shape), dit.rope_axes, dit.rope_theta)
         fixed: dict[str, Array] = {"rope_cos": cos, "rope_sin": sin}
         if any(info.name == "text_lengths" for info in self.bundle.stage("dit").inputs):
             fixed["text_lengths"] = np.array([refined.shape[1]], dtype=np.int64)
         # One video per call: the axis after the step is the batch.
         per_step = {name: rows[:, None] for name, rows in {"text": refined, **vectors}.items()}
+        sigmas = flow_match_sigmas(request.steps, request.shift)
         return Conditions(fixed, {**per_step, "sigma_step": sigma_steps(sigmas)})
 
     def sample(
@@ -295,6 +332,10 @@ class Pipeline:
         _, frames, height, width = self.spec.latent_shape(shape.height, shape.width, shape.frames)
         patch = self.spec.dit.patch
         return frames // patch[0], height // patch[1], width // patch[2]
+
+    def _timestep_embedding(self, request: ResolvedRequest) -> Array:
+        sigmas = flow_match_sigmas(request.steps, request.shift)
+        return sinusoids(timesteps(sigmas), self.spec.dit.sinusoid_width)
 
     @contextmanager
     def engine(self, stage: str) -> Iterator[Engine]:

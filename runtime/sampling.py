@@ -35,7 +35,11 @@ def sample(
     steps = len(next(iter(per_step.values())))
     for step in range(steps):
         source, target = buffers[step % 2], buffers[(step + 1) % 2]
-        rows = {name: rows[step, ...] for name, rows in per_step.items()}  # the dots keep a scalar an array
-        dit.run({"latents": source, **fixed, **rows}, {"next_latents": target})
+        dit.run({"latents": source, **fixed, **step_inputs(per_step, step)}, {"next_latents": target})
         on_step(step + 1)
     return buffers[steps % 2]
+
+
+def step_inputs(per_step: Mapping[str, Array], step: int) -> dict[str, Array]:
+    """Return a step's row of each array, as views."""
+    return {name: rows[step, ...] for name, rows in per_step.items()}  # the dots keep a scalar an array

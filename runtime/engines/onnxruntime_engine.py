@@ -31,12 +31,18 @@ _LEVELS = {
     "basic": "ORT_ENABLE_BASIC",
     "none": "ORT_DISABLE_ALL",
 }
-_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int64": "tensor(int64)", "int32": "tensor(int32)"}
+_TYPES = {
+    "float32": "tensor(float)",
+    "float16": "tensor(float16)",
+    "int64": "tensor(int64)",
+    "int32": "tensor(int32)",
+    "bool": "tensor(bool)",
+}
 _SILENT = 4  # only fatal errors: everything else arrives as an exception, whose text the user gets once
 
 
 class OnnxRuntimeEngine:
-    """One stage on the CPU. Make one with :func:`engine_from_onnx`."""
+    """One stage on the CPU. Make one with :func:`engine_from_onnx` or :func:`engine_from_bytes`."""
 
     def __init__(self, name: str, session: Any, runtime: ModuleType, entry: StageEntry) -> None:
         self.name = name
@@ -122,6 +128,34 @@ def engine_from_onnx(path: Path, entry: StageEntry, options: EngineOptions | Non
     Raises:
         EngineError: If onnxruntime is not installed, refuses the graph, or the graph's tensors are not the entry's.
     """
+    return _load(str(path), f"the graph {path.name!r} of stage {entry.name!r}", entry, {}, options)
+
+
+def engine_from_bytes(
+    graph: bytes, folder: Path, entry: StageEntry, options: EngineOptions | None = None
+) -> OnnxRuntimeEngine:
+    """Load a graph that is in memory and refers to weights in files.
+
+    Args:
+        graph: A serialised ONNX model.
+        folder: What its weights' locations are relative to.
+        entry: The graph's tensors; its other fields are not looked at.
+        options: Threads, spinning and optimisation.
+
+    Raises:
+        EngineError: As :func:`engine_from_onnx`.
+    """
+    settings = {"session.model_external_initializers_file_folder_path": str(folder)}
+    return _load(graph, f"a graph made from stage {entry.name!r}", entry, settings, options)
+
+
+def _load(
+    source: str | bytes,
+    what: str,
+    entry: StageEntry,
+    session_settings: Mapping[str, str],
+    options: EngineOptions | None,
+) -> OnnxRuntimeEngine:
     options = options or EngineOptions()
     if options.graph_optimization not in _LEVELS:
         raise EngineError(
@@ -137,11 +171,13 @@ def engine_from_onnx(path: Path, entry: StageEntry, options: EngineOptions | Non
     settings.graph_optimization_level = getattr(runtime.GraphOptimizationLevel, _LEVELS[options.graph_optimization])
     settings.log_severity_level = _SILENT
     settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spinning else "0")
+    for key, value in session_settings.items():
+        settings.add_session_config_entry(key, value)
     try:
-        session = runtime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
+        session = runtime.InferenceSession(source, settings, providers=["CPUExecutionProvider"])
     except _exceptions(runtime) as error:
         raise EngineError(
-            f"ONNX Runtime refuses the graph {path.name!r} of stage {entry.name!r}.",
+            f"ONNX Runtime refuses {what}.",
             received=_first_line(error),
             expected=f"a graph that onnxruntime {runtime.__version__} can load",
             fix="rebuild the bundle with build-engine, or install the onnxruntime that its manifest names",
