@@ -45,6 +45,11 @@ class Choice:
     evaluations: int
 
 
+def most_evaluations(layers: int, max_removals: int = MAX_REMOVALS) -> int:
+    """Return how often :func:`choose_recipe` evaluates at most."""
+    return 2 + layers.bit_length() + min(max_removals, layers)
+
+
 def choose_recipe(
     costs: Mapping[str, LayerCost],
     budget: float,

@@ -17,6 +17,7 @@ from reelforge.tools import console
 COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("reelforge.tools.generate:generate", "Generate a video from a prompt."),
     "inspect": ("reelforge.tools.inspect_bundle:inspect", "Show what a bundle contains and where it came from."),
+    "sensitivity": ("reelforge.tools.sensitivity:sensitivity", "Find the layers that 8 bits cost most."),
     "sheet": ("reelforge.tools.contact_sheet:sheet", "Generate clips of several prompts on one picture."),
     "synthesize": ("reelforge.tools.synthesize:command", "Write a checkpoint with invented weights."),
     "verify": ("reelforge.tools.verify:verify", "Compare a bundle's numbers with its checkpoint's."),
