@@ -40,6 +40,9 @@ class ScaleKind(enum.Enum):
     ACTIVATION = "activation"  # [] scale of the layer's input
     WEIGHT = "weight"  # [output channels] scales
     SMOOTHING = "smoothing"  # [input channels] migration factors
+    QUERY = "query"  # [] scale of an attention's rotated queries
+    KEY = "key"  # [] scale of its rotated keys
+    VALUE = "value"  # [] scale of its values
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,9 @@ class Provenance:
         prompts_sha256: Digest of the calibration prompts, in hex.
         seed: Of the calibration's noise.
         method: How the scales were chosen: ``"mse"``, ``"percentile 99.99"``, ``"max + smoothing 0.5"``.
-        format: The number format's name.
+        format: The number formats' names by stage, as :func:`format_text` writes them.
         versions: Library versions by name.
+        sampling: What was sampled while observing: ``"20 steps of 64x64x17"``.
         schema_version: Of the file.
     """
 
@@ -62,6 +66,7 @@ class Provenance:
     method: str
     format: str
     versions: dict[str, str]
+    sampling: str = ""
     schema_version: int = SCHEMA_VERSION
 
 
@@ -88,6 +93,11 @@ class ScaleFile:
                 fix="calibrate again with the recipe that will be built, or keep this layer in high precision",
             )
         return self.tensors[name]
+
+
+def format_text(formats: Mapping[str, Iterable[str]]) -> str:
+    """Return each stage's formats as one text, mixed ones joined by ``+``: ``"dit=float8_e4m3fn,llm=int8"``."""
+    return ",".join(f"{stage}={'+'.join(sorted(set(formats[stage])))}" for stage in sorted(formats))
 
 
 def tensor_name(stage: str, layer: str, kind: ScaleKind) -> str:
@@ -133,17 +143,23 @@ def write_scale_file(path: Path, provenance: Provenance, tensors: Mapping[str, N
         temporary.unlink(missing_ok=True)
 
 
-def read_scale_file(path: Path, checkpoint: str | None = None, required: Iterable[str] = ()) -> ScaleFile:
+def read_scale_file(
+    path: Path,
+    checkpoint: str | None = None,
+    required: Iterable[str] = (),
+    formats: Mapping[str, Iterable[str]] | None = None,
+) -> ScaleFile:
     """Read a scale file, whole and unaltered.
 
     Args:
         path: The file.
         checkpoint: The identity of the checkpoint that the scales are wanted for; None accepts any.
         required: Full names of tensors that must be there.
+        formats: The formats' names wanted by stage, as for :func:`format_text`; None accepts any.
 
     Raises:
-        CalibrationError: If the file cannot be read, is cut short, altered, of another schema version or checkpoint, or
-            lacks a required tensor.
+        CalibrationError: If the file cannot be read, is cut short, altered, of another schema version, checkpoint or
+            number format, or lacks a required tensor.
     """
     try:
         content = path.read_bytes()
@@ -161,6 +177,8 @@ def read_scale_file(path: Path, checkpoint: str | None = None, required: Iterabl
             expected=checkpoint,
             fix="calibrate this checkpoint, or name the checkpoint that the scales belong to",
         )
+    if formats is not None:
+        _require_formats(path, provenance, formats)
     missing = sorted(set(required) - set(tensors))
     if missing:
         raise CalibrationError(
@@ -170,6 +188,19 @@ def read_scale_file(path: Path, checkpoint: str | None = None, required: Iterabl
             fix="calibrate again with the recipe that will be built, or keep these layers in high precision",
         )
     return ScaleFile(path, provenance, tensors)
+
+
+def _require_formats(path: Path, provenance: Provenance, formats: Mapping[str, Iterable[str]]) -> None:
+    """Refuse scales made for other formats; a stage that the file has beyond those wanted does no harm."""
+    made = dict(item.split("=", 1) for item in provenance.format.split(",") if "=" in item)
+    wanted = dict(item.split("=", 1) for item in format_text(formats).split(",") if item)
+    if any(made.get(stage) != name for stage, name in wanted.items()):
+        raise CalibrationError(
+            f"the scale file {path} was made for other number formats.",
+            received=provenance.format,
+            expected=format_text(formats),
+            fix="calibrate again with the precision that will be built, or build with the file's",
+        )
 
 
 def _encode(provenance: Provenance, tensors: Mapping[str, NDArray[np.float32]]) -> bytes:
