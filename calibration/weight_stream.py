@@ -28,9 +28,9 @@ from reelforge.calibration.errors import CalibrationError
 from reelforge.calibration.number_formats import FP8_E4M3, INT8, NumberFormat
 from reelforge.calibration.scale_methods import scales_of_maxima
 
-BLOCK_ELEMENTS = 1 << 18
-"""Elements that are worked on at a time, 1 MB in fp32: larger leaves the second-level cache, and with smaller ones the
-threads spend their time handing the interpreter's lock to each other."""
+BLOCK_ELEMENTS = 1 << 19
+"""Elements that are worked on at a time, 2 MB in fp32: with much larger ones the caches are of no use, and with much
+smaller ones threads spend their time handing the interpreter's lock to each other."""
 
 _STORED: dict[str, torch.dtype] = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _CODES: dict[NumberFormat, torch.dtype] = {INT8: torch.int8, FP8_E4M3: torch.float8_e4m3fn}
@@ -137,66 +137,62 @@ def _quantised(
     scales.fill(1)  # stays where there are no columns
     if rows == 0 or columns == 0:
         return
-    step = max(1, BLOCK_ELEMENTS // columns)
-    scratch = torch.empty((min(step, rows), columns), dtype=torch.float32)
-    folds = _column_multiplier(how, columns), None if how.row_divisors is None else torch.tensor(how.row_divisors)
+    row_bytes = columns * stored.itemsize
+    scratch = torch.empty((min(max(1, BLOCK_ELEMENTS // columns), rows), columns), dtype=torch.float32)
+    by_column = _column_multiplier(how, columns)
+    by_row = None if how.row_divisors is None else torch.tensor(how.row_divisors)
     buffer = np.empty(0, np.uint8)
     row = 0
-    for part in _whole_rows(pieces, columns * stored.itemsize):
-        count = len(part) // (columns * stored.itemsize)
+    for part in _whole_rows(pieces, row_bytes):
+        count = len(part) // row_bytes
         if row + count > rows:
             raise ValueError(f"the stream of {name!r} is longer than {rows} rows")
-        if len(buffer) < count * columns:
-            buffer = np.empty(count * columns, np.uint8)
         if part.ctypes.data % stored.itemsize or not part.flags.writeable:  # PyTorch wants neither
             part = part.copy()
+        if len(buffer) < count * columns:
+            buffer = np.empty(count * columns, np.uint8)
         values = torch.from_numpy(part).view(stored).view(count, columns)
         codes = torch.from_numpy(buffer[: count * columns]).view(_CODES[how.number_format]).view(count, columns)
-        for first in range(0, count, step):
-            place = slice(row + first, row + min(first + step, count))
-            block = slice(first, min(first + step, count))
-            _quantise_block(name, values[block], folds, how.number_format, scratch, codes[block], scales, place)
+        if by_column is None and by_row is None:  # in one go, and over half as many bytes as in fp32
+            _choose_scales(name, values, row, how, scales)
+        for first in range(0, count, len(scratch)):
+            block = values[first : first + len(scratch)]
+            start, stop = row + first, row + first + len(block)
+            numbers = scratch[: len(block)]
+            numbers.copy_(block)
+            if by_column is not None:
+                numbers.mul_(by_column)
+            if by_row is not None:
+                numbers.div_(by_row[start:stop, None])
+            if by_column is not None or by_row is not None:
+                _choose_scales(name, numbers, start, how, scales)
+            numbers.div_(torch.from_numpy(scales[start:stop])[:, None])
+            # Nothing to saturate: the scale's own rounding lifts a quotient above the largest value by one unit in the
+            # last place at most, which the cast rounds off.
+            if how.number_format.mantissa_bits is None:
+                numbers.round_()  # half to even
+            codes[first : first + len(block)].copy_(numbers)
         row += count
         yield buffer[: count * columns]
     if row != rows:
         raise ValueError(f"the stream of {name!r} ended after {row} of {rows} rows")
 
 
-def _quantise_block(
-    name: str,
-    values: torch.Tensor,
-    folds: tuple[torch.Tensor | None, torch.Tensor | None],
-    number_format: NumberFormat,
-    scratch: torch.Tensor,
-    codes: torch.Tensor,
-    scales: NDArray[np.float32],
-    place: slice,
+def _choose_scales(
+    name: str, values: torch.Tensor, first: int, how: WeightQuantisation, scales: NDArray[np.float32]
 ) -> None:
-    """Fill ``codes`` and ``scales[place]`` from ``values``, all of the same rows."""
-    numbers = scratch[: len(values)]
-    numbers.copy_(values)
-    by_column, by_row = folds
-    if by_column is not None:
-        numbers.mul_(by_column)
-    if by_row is not None:
-        numbers.div_(by_row[place, None])
-    folded = by_column is not None or by_row is not None
-    maxima = _row_maxima(numbers if folded else values)  # half as many bytes to look at where nothing is folded in
-    if not np.isfinite(maxima).all():
-        channel = place.start + int(np.flatnonzero(~np.isfinite(maxima))[0])
+    """Fill in the scales of the rows from ``first`` on, which hold ``values``."""
+    maxima = _row_maxima(values)
+    finite = np.isfinite(maxima)
+    if not finite.all():
+        folded = how.column_factors is not None or how.row_divisors is not None
         raise CalibrationError(
-            f"the weight {name!r} holds values that are not finite{' once its smoothing is folded in' * folded}.",
-            received=f"NaN or infinity in output channel {channel}",
+            f"the weight {name!r} holds values that are not finite{' once smoothing is folded in' * folded}.",
+            received=f"NaN or infinity in output channel {first + int(np.argmin(finite))}",
             expected="finite values",
             fix="restore the checkpoint's file; if it is as published, keep this layer in high precision",
         )
-    scales[place] = scales_of_maxima(maxima, number_format)
-    numbers.div_(torch.from_numpy(scales[place])[:, None])
-    # Nothing to saturate: the scale's own rounding lifts a quotient above the largest value by one unit in the last
-    # place at most, which the cast rounds off.
-    if number_format.mantissa_bits is None:
-        numbers.round_()  # half to even
-    codes.copy_(numbers)
+    scales[first : first + len(maxima)] = scales_of_maxima(maxima, how.number_format)
 
 
 def _row_maxima(values: torch.Tensor) -> NDArray[np.float32]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from reelforge.calibration.number_formats import FORMATS, NumberFormat
+from reelforge.calibration.number_formats import FORMATS
 from reelforge.calibration.weight_stream import WeightQuantisation, one_thread_per_operation, quantised_pieces
 from reelforge.export.checkpoint.digest import THREADS, Progress, ProgressMeter
 from reelforge.export.checkpoint.safetensors_writer import StreamedTensor, WrittenTensor, write_safetensors
@@ -65,19 +65,17 @@ def place_quantised(
     writer.require_space(quantised_bytes(weights, plan))
     scales = {name: np.ones(weights[name].shape[0], np.float32) for name in plan}
     meter = ProgressMeter(progress)
+    streams = {}
+    for name, how in plan.items():
+        stream = _codes(f"{stage_name}.{name}", weights[name], how, scales[name], meter)
+        streams[name] = StreamedTensor(
+            name, how.number_format.safetensors_name, weights[name].shape, partial(iter, stream)
+        )
     codes: dict[str, WeightEntry] = {}
     for number_format in FORMATS.values():
-        chosen = {name: how for name, how in plan.items() if how.number_format == number_format}
-        tensors = [
-            StreamedTensor(
-                name,
-                number_format.safetensors_name,
-                weights[name].shape,
-                partial(_codes, f"{stage_name}.{name}", weights[name], how, scales[name], meter),
-            )
-            for name, how in chosen.items()
-        ]
-        codes.update(_write(writer, _codes_file(stage_name, number_format), tensors, threads))
+        chosen = [name for name, how in plan.items() if how.number_format == number_format]
+        file = f"weights/{stage_name}.{number_format.name}.safetensors"
+        codes.update(_write(writer, file, [streams[name] for name in chosen], threads))
     tensors = [
         StreamedTensor(f"{name}{SCALE_SUFFIX}", "F32", values.shape, partial(_whole, values))
         for name, values in scales.items()
@@ -90,10 +88,6 @@ def quantised_bytes(weights: Mapping[str, Resolved], plan: Mapping[str, WeightQu
     """Return how many bytes of codes and scales the plan gives."""
     shapes = [(weights[name].shape, how.number_format.safetensors_name) for name, how in plan.items()]
     return sum(nbytes_of(dtype, shape) + nbytes_of("F32", shape[:1]) for shape, dtype in shapes)
-
-
-def _codes_file(stage_name: str, number_format: NumberFormat) -> str:
-    return f"weights/{stage_name}.{number_format.name}.safetensors"
 
 
 def _write(writer: BundleWriter, file: str, tensors: list[StreamedTensor], threads: int) -> dict[str, WeightEntry]:
@@ -114,16 +108,20 @@ def _entry(file: str, written: WrittenTensor) -> WeightEntry:
 def _codes(
     name: str, weight: Resolved, how: WeightQuantisation, scales: NDArray[np.float32], meter: ProgressMeter
 ) -> Iterator[NDArray[np.uint8]]:
-    """Stream the codes of one weight."""
-    row_bytes = max(1, nbytes_of(weight.dtype, (1, *weight.shape[1:])))
-    limit = max(row_bytes, PIECE_BYTES - PIECE_BYTES % row_bytes)  # whole rows, so that none must be put together
+    """Return the stream of one weight's codes; what does not fit is found now, nothing is read yet."""
 
-    def pieces() -> Iterator[NDArray[np.uint8]]:
-        for piece in weight.pieces(limit):
+    def counted() -> Iterator[NDArray[np.uint8]]:
+        for piece in row_pieces(weight):
             yield piece
             meter.advance(piece.nbytes)
 
-    return quantised_pieces(name, weight.dtype, weight.shape, pieces(), how, scales)
+    return quantised_pieces(name, weight.dtype, weight.shape, counted(), how, scales)
+
+
+def row_pieces(weight: Resolved) -> Iterator[NDArray[np.uint8]]:
+    """Return the weight's bytes in pieces of whole rows, so that no row must be put together from two."""
+    row_bytes = max(1, nbytes_of(weight.dtype, (1, *weight.shape[1:])))
+    return weight.pieces(max(row_bytes, PIECE_BYTES - PIECE_BYTES % row_bytes))
 
 
 def _whole(values: NDArray[np.float32]) -> Iterator[NDArray[np.uint8]]:
