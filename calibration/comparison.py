@@ -211,11 +211,15 @@ def _decode(
         own = held if decoder_changed else reference
         for number, video in enumerate(run.videos):
             expected = _frames(reference, video.latents[-1])
+            received = expected
             if decoder_changed:
                 received = _frames(own, video.latents[-1])
-                result.stages.setdefault("vae_decoder", []).append(_loss(received * 2 - 1, expected * 2 - 1, "frames"))
+                result.stages.setdefault("vae_decoder", []).append(
+                    _loss(received * 2 - 1, expected * 2 - 1, "vae_decoder")
+                )
             if checks.video:
-                received = _frames(own, final[number]) if final[number] is not video.latents[-1] else expected
+                if final[number] is not video.latents[-1]:
+                    received = _frames(own, final[number])
                 result.psnr_db.append(psnr(received, expected))
                 result.ssim.append(ssim(received, expected))
             report(Progress("comparing videos", number + 1, len(run.videos)))

@@ -101,10 +101,10 @@ def require_quality(report: QualityReport, thresholds: QualityThresholds, worst_
 def _failures(report: QualityReport, thresholds: QualityThresholds) -> list[tuple[str, str]]:
     """Return (received, expected) of every threshold that is missed."""
     failures = []
-    if report.psnr_median_db < thresholds.psnr_db:
+    if 0 < thresholds.psnr_db > report.psnr_median_db:
         received = f"median PSNR {report.psnr_median_db:.2f} dB (worst {report.psnr_worst_db:.2f} dB)"
         failures.append((received, f"at least {thresholds.psnr_db:g} dB"))
-    if report.velocity_cosine_worst < thresholds.velocity_cosine:
+    if 0 < thresholds.velocity_cosine > report.velocity_cosine_worst:
         step = report.velocity_cosine.index(report.velocity_cosine_worst)
         received = f"velocity cosine {report.velocity_cosine_worst:.5f} at step {step}"
         failures.append((received, f"at least {thresholds.velocity_cosine:g}"))

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
+from reelforge.calibration.errors import CalibrationError
 from reelforge.calibration.number_formats import FORMATS, NumberFormat, quantise
 from reelforge.calibration.scale_file import ScaleFile, ScaleKind, tensor_name
 from reelforge.calibration.scale_methods import weight_scales
@@ -85,8 +86,9 @@ def scales_of(scale_file: ScaleFile, stage: str, formats: Mapping[str, NumberFor
         formats: The layers that are wanted, with the number format of each.
 
     Raises:
-        CalibrationError: If the file lacks one of them.
+        CalibrationError: If the file lacks one of them, or was made for other formats.
     """
+    _require_formats(scale_file, stage, {number_format.name for number_format in formats.values()})
     result = {}
     for layer, number_format in formats.items():
         activation = scale_file.get(stage, layer, ScaleKind.ACTIVATION)
@@ -214,6 +216,18 @@ class _VariantPipeline(Pipeline):
         variant = engine_from_bytes(self._graph, self.bundle.path, self.bundle.stage(stage), self.options)
         with closing(variant) as engine:
             yield engine
+
+
+def _require_formats(scale_file: ScaleFile, stage: str, names: set[str]) -> None:
+    """Refuse scales of another number format: they are finite and positive, and wrong by orders of magnitude."""
+    stated = dict(part.split("=", 1) for part in scale_file.provenance.format.split(",") if "=" in part)
+    if stage in stated and not names <= set(stated[stage].split("+")):
+        raise CalibrationError(
+            f"the scale file {scale_file.path} was made for another number format.",
+            received=f"{stage}={stated[stage]}",
+            expected=f"{stage}={'+'.join(sorted(names))}",
+            fix="calibrate again with the precision that will be built",
+        )
 
 
 def _quantised(weight: NDArray[np.float32], scales: LayerScales) -> QuantisedLayer:

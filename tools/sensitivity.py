@@ -110,6 +110,7 @@ def sensitivity(
     _check_outputs(output, chart, recipe)
     size = None if shape is None else VideoShape.parse(shape)
     budget = _budget(quality_budget, cosine_budget, recipe, chosen)
+    from reelforge.calibration.fingerprint import bundle_fingerprint
     from reelforge.calibration.prompts import DEFAULT_PROMPTS, read_prompts, split_prompts
     from reelforge.calibration.reference_run import run_reference
     from reelforge.calibration.scale_file import read_scale_file
@@ -122,7 +123,8 @@ def sensitivity(
     formats = formats_of(pipeline, chosen, NUMBER_FORMATS[word])
     # The built-in prompts' first part is what scales are calibrated on by default.
     lines = split_prompts(DEFAULT_PROMPTS)[1] if prompts is None else read_prompts(prompts)
-    variants = Variants(pipeline, chosen, scales_of(read_scale_file(scales), chosen, formats))
+    scale_file = read_scale_file(scales, bundle_fingerprint(pipeline.bundle))
+    variants = Variants(pipeline, chosen, scales_of(scale_file, chosen, formats))
     with _progress() as report:
         run = run_reference(
             pipeline, lines[:prompt_count], seed, steps, size, lambda done: report(done.phase, done.done, done.total)
