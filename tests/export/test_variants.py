@@ -119,8 +119,8 @@ def test_scales_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "scales.safetensors"
     factors = np.array([1, 2], np.float32)
     tensors = {
-        tensor_name("dit", "a", ScaleKind.ACTIVATION): np.float32(0.5),
-        tensor_name("dit", "b", ScaleKind.ACTIVATION): np.float32(0.25),
+        tensor_name("dit", "a", ScaleKind.ACTIVATION): np.array(0.5, np.float32),
+        tensor_name("dit", "b", ScaleKind.ACTIVATION): np.array(0.25, np.float32),
         tensor_name("dit", "b", ScaleKind.SMOOTHING): factors,
     }
     write_scale_file(path, replace(PROVENANCE, format="dit=int8,llm=float8_e4m3fn"), tensors)
