@@ -36,9 +36,9 @@ from reelforge.tools.synthesize_files import (
 )
 from reelforge.tools.synthesize_layout import TensorLayout
 
-DEFAULT_SHARD_BYTES = {"tiny": 1_000_000, "demo": 10_000_000_000, "block": 10_000_000_000, "full": 10_000_000_000}
-DEFAULT_DTYPE = {"tiny": Dtype.FP32, "demo": Dtype.FP16, "block": Dtype.BF16, "full": Dtype.BF16}
-DEFAULT_CONTENT = {"tiny": Content.RANDOM, "demo": Content.RANDOM, "block": Content.RANDOM, "full": Content.SPARSE}
+DEFAULT_SHARD_BYTES = {**dict.fromkeys(layout.SIZES, 10_000_000_000), "tiny": 1_000_000}
+DEFAULT_DTYPE = {**dict.fromkeys(layout.SIZES, Dtype.BF16), "tiny": Dtype.FP32, "demo": Dtype.FP16}
+DEFAULT_CONTENT = {**dict.fromkeys(layout.SIZES, Content.RANDOM), "full": Content.SPARSE}
 
 
 class Layout(enum.Enum):
@@ -80,7 +80,7 @@ def synthesize(
         size: A key of ``synthesize_layout.SIZES``.
         format: Whose layout to write.
         content: Default: random values, for ``full`` sparse stamps.
-        dtype: Default: fp32 for ``tiny``, fp16 for ``demo``, bf16 for ``full``.
+        dtype: Default: fp32 for ``tiny``, fp16 for ``demo``, else bf16.
         seed: Not negative; the same seed gives the same model in both formats.
         shard_bytes: Largest file of the transformer and the LLM in diffusers' layout; default 1 MB for ``tiny`` (so
             that there are several), else 10 GB.

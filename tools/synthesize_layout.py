@@ -338,6 +338,16 @@ SIZES: dict[str, ModelSpec] = {
         (64, 64, 9),
         20,
     ),
+    # 0.3 billion parameters, of which the default shape makes 2048 image tokens: matrix products dominate a step, and
+    # it takes seconds on a small machine. Only the transformer is of a serious size.
+    "mid": _spec(
+        DitSpec(1024, 8, 128, 4, 8, 2, 4096, 16, (1, 2, 2), 128, 64, (16, 56, 56), 256.0, 256, 1e-6, True),
+        LlmSpec(128, 4, 2, 4, 2, 32, 256, 512, 500000.0, 1e-5, 256),
+        ClipSpec(64, 2, 2, 256, 768, 77, 1e-5, "quick_gelu", 767),
+        VaeSpec(16, (16, 16, 32, 64), 1, 8, 1e-6, 0.476986, 8, 4),
+        (256, 256, 29),
+        20,
+    ),
     # Full width, one block of each kind: what can be executed and compared on a small machine.
     "block": _spec(
         DitSpec(3072, 24, 128, 1, 1, 1, 12288, 16, (1, 2, 2), 4096, 768, (16, 56, 56), 256.0, 256, 1e-6, True),

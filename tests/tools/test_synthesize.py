@@ -235,6 +235,14 @@ def test_demo_size_fits_twelve_megabytes(tmp_path: Path) -> None:
     assert all(width % 16 == 0 for width in (spec.dit.width, spec.llm.width, spec.clip.width, *spec.vae.block_widths))
 
 
+def test_mid_size_is_a_third_of_a_billion_parameters_and_two_thousand_tokens() -> None:
+    spec = SIZES["mid"]
+    assert 0.25e9 < total(layout.diffusers_transformer(spec.dit)) < 0.35e9
+    assert total(layout.vae(spec.vae)) + total(layout.llm(spec.llm)) + total(layout.clip(spec.clip)) < 5e6
+    shape = spec.latent_shape(spec.defaults.height, spec.defaults.width, spec.defaults.frames)
+    assert math.prod(shape[1:]) // math.prod(spec.dit.patch) == 2048
+
+
 def test_an_existing_folder_is_not_touched(tmp_path: Path) -> None:
     folder = tmp_path / "there"
     folder.mkdir()

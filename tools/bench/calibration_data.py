@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,10 +151,12 @@ def _prompts(scenes: Sequence[data.Scene], count: int, seed: int) -> list[str]:
 @click.option("-o", "--output", "folder", required=True, type=click.Path(path_type=Path), help="Folder for the files.")
 @click.option("--count", default=CALIBRATION_PROMPTS, show_default=True, help="Prompts.")
 @click.option("--seed", default=0, show_default=True, help="Of the choice of prompts.")
-def main(bundle: Path, folder: Path, count: int, seed: int) -> None:
+@click.option("--steps", type=int, help="Instead of the bundle's default.")
+def main(bundle: Path, folder: Path, count: int, seed: int, steps: int | None) -> None:
     """Record the inputs of BUNDLE's dit over calibration prompts and all steps."""
     pipeline = RecordingPipeline(Bundle.open(bundle))
-    paths = write_recordings(pipeline, calibration_requests(count, seed), folder)
+    requests = [replace(request, steps=steps) for request in calibration_requests(count, seed)]
+    paths = write_recordings(pipeline, requests, folder)
     click.echo(f"wrote {len(paths)} recordings to {folder}")
 
 

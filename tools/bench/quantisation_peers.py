@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import click
@@ -24,11 +24,12 @@ import onnx_ir as ir
 
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.tools.bench import calibration_data, peer_quantiser, quantised_quality, report
-from reelforge.tools.bench.memory import run_sampled
+from reelforge.tools.bench.memory import Usage, run_sampled
 from reelforge.tools.bench.quantised_quality import Quality, Reference
 
 PACKAGES = ("onnxruntime", "onnx-ir", "scikit-image")
 CHILD = Path(peer_quantiser.__file__)
+LARGE_CALLS = 2  # sampling steps of one prompt that are recorded of a large model
 QUANTISED_PARTS = ("double", "single")  # patch embedding and final projection stay as they are, as in our bundles
 
 
@@ -42,7 +43,7 @@ class PeerRun:
         call_seconds: Of the quantiser's own call, without start and imports, one per run.
         peak_anonymous_bytes: One per run.
         versions: Of the packages that did it.
-        quality: None if it failed.
+        quality: None if it failed, or was not measured.
         failure: The error's last line, or empty.
     """
 
@@ -140,9 +141,9 @@ def run_peers(
 
     Args:
         bundle: The fp32 bundle.
-        work: A folder for the quantised graphs, ``work/peers``; each is a folder that ``measure_quality`` takes.
+        work: A folder for the graphs; it is filled with a few copies of the model.
         recordings: Files from ``calibration_data``.
-        references: From ``quantised_quality.make_references``.
+        references: From ``quantised_quality.make_references``; without any, only time and memory are measured.
         peers_python: The interpreter that has ModelOpt; without it, ModelOpt is left out.
         repeats: Runs of each quantiser.
     """
@@ -152,67 +153,93 @@ def run_peers(
         python = peers_python if peer.startswith("modelopt") else sys.executable
         if python is None:
             continue
-        folder = work / "peers" / str(number)
+        folder = work / str(number)
         run = run_peer(peer, python, work / "plain" / quantised_quality.GRAPH, layers, recordings, folder, repeats)
-        if not run.failure:
+        if references and not run.failure:
             # See measure_quality; int8 runs with the kernels that a user gets.
             optimization = "basic" if "fp8" in peer else "all"
-            quality = quantised_quality.measure_quality(bundle, folder, references, optimization)
-            run = PeerRun(**{**vars(run), "quality": quality})
-        click.echo(f"{peer}: {run.quality.cells() if run.quality else run.failure}")
+            run = replace(run, quality=quantised_quality.measure_quality(bundle, folder, references, optimization))
+        shutil.rmtree(folder)
+        click.echo(f"{peer}: {run.failure or [*run.seconds, *(run.quality.cells() if run.quality else ())]}")
         runs.append(run)
     return runs
 
 
 def peer_lines(runs: Sequence[PeerRun]) -> list[str]:
     """Return the Markdown table of the runs, and below it the errors of those that failed."""
-    headings = ("peer", *quantised_quality.HEADINGS, "seconds", "of these in its call", "peak anonymous MB", "with")
+    pictures = quantised_quality.HEADINGS if any(run.quality for run in runs) else ()
+    headings = ("peer", *pictures, "seconds", "of these in its call", "peak anonymous MB", "with")
     rows = [
         (
             run.peer,
-            *run.quality.cells(),
+            *(run.quality.cells() if run.quality else ()),
             report.spread(run.seconds),
             report.spread(run.call_seconds),
             report.spread([size / 1e6 for size in run.peak_anonymous_bytes], digits=0),
             run.versions,
         )
         for run in runs
-        if run.quality is not None
+        if not run.failure
     ]
     failures = [f"- {run.peer} failed: `{run.failure}`" for run in runs if run.failure]
     return [*report.table(headings, rows), *(["", *failures] if failures else [])]
 
 
+def record(bundle: Path, folder: Path, *options: str) -> tuple[list[Path], Usage]:
+    """Record calibration data in a process of its own."""
+    recorder = [sys.executable, "-m", "reelforge.tools.bench.calibration_data", str(bundle)]
+    usage = run_sampled([*recorder, "--output", str(folder), *options])
+    return sorted(folder.glob("*.npz")), usage
+
+
 @click.command()
 @click.option("--bundle", required=True, type=click.Path(path_type=Path, exists=True), help="fp32 bundle of the demo.")
+@click.option("--large", type=click.Path(path_type=Path, exists=True), help="A large fp32 bundle: time and memory.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Markdown file.")
 @click.option("--peers-python", help="Interpreter with tools/bench/requirements-peers.txt; else without ModelOpt.")
 @click.option("--repeats", default=3, show_default=True, help="Runs of each quantiser.")
 @click.option("--calibration", default=calibration_data.CALIBRATION_PROMPTS, show_default=True, help="Prompts.")
 @click.option("--evaluation", default=calibration_data.EVALUATION_PROMPTS, show_default=True, help="Other prompts.")
-def main(bundle: Path, output: Path, peers_python: str | None, repeats: int, calibration: int, evaluation: int) -> None:
+def main(
+    bundle: Path,
+    large: Path | None,
+    output: Path,
+    peers_python: str | None,
+    repeats: int,
+    calibration: int,
+    evaluation: int,
+) -> None:
     """Quantise the fp32 bundle's dit with other quantisers and compare the videos with fp32."""
-    with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
-        recorder = [sys.executable, "-m", "reelforge.tools.bench.calibration_data", str(bundle)]
-        recorded = run_sampled([*recorder, "--output", str(work / "recordings"), "--count", str(calibration)])
-        recordings = sorted((work / "recordings").glob("*.npz"))
-        references = quantised_quality.make_references(bundle, calibration_data.evaluation_requests(evaluation))
-        runs = run_peers(bundle, work, recordings, references, peers_python, repeats)
     lines = [
         "# Other quantisers on our fp32 graph",
         "",
         *report.environment("python -m reelforge.tools.bench.quantisation_peers", PACKAGES),
         "",
-        f"Linear layers of all blocks, {calibration} calibration prompts and {evaluation} others, all steps, against",
-        f"the fp32 bundle on the same noise. Seconds and memory: {repeats} runs, median (smallest-largest). Running",
-        "the bundle to record the calibration data is not in them: "
-        f"{recorded.seconds:.1f} s, {recorded.peak_anonymous_bytes / 1e6:.0f} MB.",
-        "",
-        *peer_lines(runs),
+        f"Linear layers of all blocks. Seconds and memory: {repeats} runs, median (smallest-largest).",
     ]
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        recordings, usage = record(bundle, work / "recordings", "--count", str(calibration))
+        references = quantised_quality.make_references(bundle, calibration_data.evaluation_requests(evaluation))
+        runs = run_peers(bundle, work / "demo", recordings, references, peers_python, repeats)
+        lines += [
+            "",
+            f"{calibration} calibration prompts and {evaluation} others, all steps, against the fp32 bundle on",
+            f"the same noise. {_recorded(usage)}",
+            "",
+            *peer_lines(runs),
+        ]
+        if large is not None:
+            recordings, usage = record(large, work / "few", "--count", "1", "--steps", str(LARGE_CALLS))
+            runs = run_peers(large, work / "large", recordings, (), peers_python, repeats)
+            lines += ["", "## A larger model", "", _recorded(usage), "", *peer_lines(runs)]
     report.write(output, lines)
     click.echo(f"wrote {output}")
+
+
+def _recorded(usage: Usage) -> str:
+    size_mb = usage.peak_anonymous_bytes / 1e6
+    return f"Running the bundle to record the data is not in their time: {usage.seconds:.1f} s, {size_mb:.0f} MB."
 
 
 if __name__ == "__main__":

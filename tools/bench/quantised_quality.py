@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
+from reelforge.calibration.quality import cosine, psnr, ssim
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.engines.engine import EngineOptions
 from reelforge.runtime.pipeline import FloatArray, Pipeline
 from reelforge.runtime.request import Request
 from reelforge.tools.bench.calibration_data import Recording, RecordingPipeline, record
-from reelforge.tools.bench.picture_quality import cosine, psnr_db, ssim
 
 GRAPH = "dit.onnx"
 
@@ -79,7 +79,7 @@ def measure_quality(
     with replaced(bundle, quantised, graph_optimization) as pipeline:
         pairs = [(_video(pipeline, reference), reference.frames) for reference in references]
         cosines = tuple(value for reference in references for value in _cosines(pipeline, reference.recording))
-    return Quality(tuple(psnr_db(*pair) for pair in pairs), tuple(ssim(*pair) for pair in pairs), cosines)
+    return Quality(tuple(psnr(*pair) for pair in pairs), tuple(ssim(*pair) for pair in pairs), cosines)
 
 
 @contextmanager

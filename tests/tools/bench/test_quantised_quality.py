@@ -139,10 +139,6 @@ def test_a_peer_runs_in_a_child_and_a_failure_is_reported(
     assert operators.count("QuantizeLinear") > 10
     failed = peers.run_peer(peer, sys.executable, tmp_path / "none.onnx", layers, recordings, tmp_path / "two", 1)
     assert "none.onnx" in failed.failure
-    lines = peers.peer_lines([peers.PeerRun(**{**vars(run), "quality": _perfect()}), failed])
+    lines = peers.peer_lines([replace(run, quality=peers.Quality((math.inf,), (1.0,), (1.0,))), failed])
     assert lines[2].startswith(f"| {peer} | inf | inf | 1.0000 |")
     assert lines[-1] == f"- {peer} failed: `{failed.failure}`"
-
-
-def _perfect() -> peers.Quality:
-    return peers.Quality((math.inf,), (1.0,), (1.0,))
