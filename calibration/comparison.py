@@ -39,6 +39,10 @@ class Checks:
     loop: bool = True
     video: bool = True
 
+    def __post_init__(self) -> None:
+        if self.video and not self.loop:
+            raise ValueError("there is no video without the loop that makes it")
+
 
 @dataclass(frozen=True)
 class Loss:

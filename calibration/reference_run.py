@@ -22,6 +22,7 @@ from reelforge.runtime.noise import gaussian_noise
 from reelforge.runtime.pipeline import Conditions, FloatArray, OnProgress, Pipeline, Progress, TextEncoding
 from reelforge.runtime.recipe import VideoShape
 from reelforge.runtime.request import Request, ResolvedRequest
+from reelforge.runtime.sampling import step_inputs
 
 TEXT_STAGES = frozenset(("llm", "clip"))
 CONDITION_STAGES = frozenset(("refiner", "modulation"))
@@ -187,7 +188,7 @@ def run_step(
         VerificationError: If one of them is not finite.
         EngineError: If the engine fails.
     """
-    rows = {name: rows[step, ...] for name, rows in conditions.per_step.items()}
+    rows = step_inputs(conditions.per_step, step)
     outputs = dit.run({"latents": latents, **conditions.fixed, **rows}, dict.fromkeys(wanted))
     for name in wanted:
         require_finite(outputs[name], f"{name} of stage 'dit' at step {step}")

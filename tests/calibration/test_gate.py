@@ -290,6 +290,11 @@ def test_numbers_that_are_not_finite(reference: Pipeline, candidate: Pipeline, r
     assert "keep more layers of the stage in high precision" in text
 
 
+def test_there_is_no_video_without_a_loop() -> None:
+    with pytest.raises(ValueError, match="no video without the loop"):
+        Checks(loop=False)
+
+
 def test_no_prompts(reference: Pipeline) -> None:
     with pytest.raises(RequestError, match="there is no prompt to compare videos of"):
         measure_quality(reference, reference, [], SEED)
