@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from reelforge.calibration.errors import CalibrationError
 from reelforge.export.checkpoint.sources import Conversion
-from reelforge.export.quantisation import StagePlan, applicable_groups, plan_quantisation, quantised_formats
+from reelforge.export.quantisation import StagePlan, applicable_groups, quantised_formats
 from reelforge.export.weights import WeightPlacer
 from reelforge.runtime.bundle.write import BundleWriter
 from reelforge.runtime.errors import BuildError
@@ -64,7 +64,7 @@ def plans_of(
     formats = quantised_formats(Recipe({**every, **precision}, kept=dict(kept or {})), tiny.rules, tiny.stages)
     groups = applicable_groups(tiny.rules, formats)
     factors = random_factors(tiny, groups, np.random.default_rng(0)) if smoothing else {}
-    return plan_quantisation(formats, groups, scale_file(formats, factors), tiny.stages)
+    return tiny.plans(formats, groups, scale_file(formats, factors))
 
 
 class Placed:

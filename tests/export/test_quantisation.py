@@ -24,7 +24,6 @@ from reelforge.export.quantisation import (
     Formats,
     StagePlan,
     applicable_groups,
-    plan_quantisation,
     quantised_formats,
     required_scales,
 )
@@ -158,7 +157,7 @@ def test_stages_that_stay_in_high_precision(tiny: TinyStages, stage: str) -> Non
 
 def test_required_scales(tiny: TinyStages) -> None:
     kept = {"llm": tuple(layer for layer in LLM_LAYERS if not layer.endswith("o_proj"))}
-    assert required_scales(formats_of(tiny, kept, llm=Precision.INT8)) == [
+    assert required_scales(formats_of(tiny, kept, llm=Precision.INT8), {}) == [
         "llm.layers.0.self_attn.o_proj.activation",
         "llm.layers.1.self_attn.o_proj.activation",
     ]
@@ -200,7 +199,7 @@ def test_a_plan_without_smoothing(tiny: TinyStages) -> None:
     formats = formats_of(tiny, dit=Precision.FP8)
     scales = scale_file(formats)
     groups = applicable_groups(tiny.rules, formats)
-    plans = plan_quantisation(formats, groups, scales, tiny.stages)
+    plans = tiny.plans(formats, groups, scales)
     assert set(plans) == {"dit"}
     assert plans["dit"].folded == {}
     assert set(plans["dit"].layers) == set(DIT_LAYERS)
@@ -223,7 +222,7 @@ def test_a_scale_file_that_lacks_a_layer(tiny: TinyStages) -> None:
     ):
         tensors.pop(removed)
         with pytest.raises(CalibrationError, match=removed):
-            plan_quantisation(formats, groups, replace(scales, tensors=tensors), tiny.stages)
+            tiny.plans(formats, groups, replace(scales, tensors=tensors))
 
 
 def test_what_smoothing_changes(tiny: TinyStages) -> None:
@@ -231,7 +230,7 @@ def test_what_smoothing_changes(tiny: TinyStages) -> None:
     formats = formats_of(tiny, dit=Precision.INT8)
     groups = applicable_groups(tiny.rules, formats)
     smoothing = random_factors(tiny, groups, np.random.default_rng(1))
-    plans = plan_quantisation(formats, groups, scale_file(formats, smoothing), tiny.stages)
+    plans = tiny.plans(formats, groups, scale_file(formats, smoothing))
     assert set(plans) == {"dit", "modulation"}
     assert plans["modulation"].layers == {}
 
@@ -289,7 +288,7 @@ def test_smoothing_leaves_the_outputs(
     groups = applicable_groups(tiny.rules, formats)
     smoothed = tuple(group for group in groups if not some or random.random() < 0.5)
     scales = scale_file(formats, random_factors(tiny, smoothed, random))
-    plans = plan_quantisation(formats, groups, scales, tiny.stages)
+    plans = tiny.plans(formats, groups, scales)
     for stage in ("dit", "llm"):
         assert difference(tiny, before, plans, stage, folder) <= TOLERANCE
 
@@ -303,7 +302,7 @@ def test_every_fold_is_needed(tiny: TinyStages, before: Mapping[str, NDArray[np.
         for fold in group.folds:
             fewer = replace(group, folds=tuple(other for other in group.folds if other is not fold))
             wrong = (*groups[:index], fewer, *groups[index + 1 :])
-            plans = plan_quantisation(formats, wrong, scales, tiny.stages)
+            plans = tiny.plans(formats, wrong, scales)
             assert difference(tiny, before, plans, group.stage, folder) > 1e-2, (group.layers, fold)
 
 
@@ -317,5 +316,5 @@ def test_rows_that_are_mixed_up_are_noticed(
     fold = groups[0].folds[0]
     swapped = replace(fold, shift_rows=fold.scale_rows, scale_rows=fold.shift_rows)
     wrong = (replace(groups[0], folds=(swapped,)), *groups[1:])
-    plans = plan_quantisation(formats, wrong, scales, tiny.stages)
+    plans = tiny.plans(formats, wrong, scales)
     assert difference(tiny, before, plans, "dit", folder) > 1e-2

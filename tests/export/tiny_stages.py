@@ -15,7 +15,7 @@ from reelforge.export.checkpoint.open import open_checkpoint
 from reelforge.export.checkpoint.sources import Resolved, loaded
 from reelforge.export.family import FAMILIES
 from reelforge.export.models.hunyuan_video.spec_from_checkpoint import Numerics
-from reelforge.export.quantisation import Formats, StagePlan
+from reelforge.export.quantisation import Formats, StagePlan, plan_quantisation
 from reelforge.export.reference import run_stage
 from reelforge.export.stage import Stage
 from reelforge.export.weights import resolve_stages
@@ -58,6 +58,10 @@ class TinyStages:
             entries[name] = WeightEntry(name, "F32", values.shape, file.name, position, values.nbytes, "")
             position += values.nbytes
         return run_stage(self.stages[stage], folder, entries, inputs)
+
+    def plans(self, formats: Formats, groups: tuple[SmoothingGroup, ...], scales: ScaleFile) -> dict[str, StagePlan]:
+        """Return the plans of 8-bit layers; attention stays in high precision."""
+        return plan_quantisation(formats=formats, attentions={}, groups=groups, scales=scales, stages=self.stages)
 
     def velocity(self, parameters: Mapping[str, Arrays], folder: Path) -> NDArray[np.float32]:
         """Return the velocity of one step: ``modulation`` and then ``dit``, on inputs that are always the same."""
