@@ -24,6 +24,8 @@ from reelforge.export.quantisation import (
     Formats,
     StagePlan,
     applicable_groups,
+    attention_formats,
+    plan_quantisation,
     quantised_formats,
     required_scales,
 )
@@ -260,6 +262,48 @@ def test_what_smoothing_changes(tiny: TinyStages) -> None:
     assert set(plans["dit"].folded) == in_dit | {f"single.{i}.v.bias" for i in range(2)}
     untouched = {name.removesuffix(".weight") for name in plans["modulation"].folded}
     assert not {"final.linear", "time_in.fc1"} & untouched
+
+
+# Attention
+
+ATTENTIONS = ["double.0.attention", "double.1.attention", "single.0.attention", "single.1.attention"]
+
+
+def test_attention_in_8_bits(tiny: TinyStages) -> None:
+    """Whatever the layers' precision: here none of them is in 8 bits."""
+    recipe = Recipe(dict.fromkeys(FAMILY.stage_names, Precision.FP32), attention=Precision.FP8)
+    attentions = attention_formats(recipe, tiny.rules)
+    assert attentions == {"dit": dict.fromkeys(ATTENTIONS, FP8_E4M3)}
+    names = [f"dit.{name}.{kind}" for name in ATTENTIONS for kind in ("query", "key", "value")]
+    assert required_scales({}, attentions) == names
+    tensors = {name: np.float32(1 + index) for index, name in enumerate(names)}
+    scales = replace(scale_file({}), tensors=tensors)
+    plans = plan_quantisation(formats={}, attentions=attentions, groups=(), scales=scales, stages=tiny.stages)
+    assert set(plans) == {"dit"}
+    assert plans["dit"].layers == plans["dit"].folded == {}
+    received = [(each.query, each.key, each.value) for each in map(plans["dit"].attentions.__getitem__, ATTENTIONS)]
+    assert received == [(1, 2, 3), (4, 5, 6), (7, 8, 9), (10, 11, 12)]
+
+    tensors.pop("dit.single.1.attention.key")
+    with pytest.raises(CalibrationError, match=r"single\.1\.attention"):
+        plan_quantisation(formats={}, attentions=attentions, groups=(), scales=scales, stages=tiny.stages)
+
+
+def test_attention_of_stages_that_are_not_built(tiny: TinyStages) -> None:
+    assert attention_formats(Recipe({"llm": Precision.INT8}, attention=Precision.FP8), tiny.rules) == {}
+    assert attention_formats(Recipe({"dit": Precision.INT8}), tiny.rules) == {}
+
+
+@pytest.mark.parametrize("precision", [Precision.INT8, Precision.FP16, Precision.FP32])
+def test_attention_in_another_precision(tiny: TinyStages, precision: Precision) -> None:
+    with pytest.raises(RequestError) as caught:
+        attention_formats(Recipe({"dit": Precision.FP32}, attention=precision), tiny.rules)
+    for part in (
+        f"attention cannot be computed in {precision.value}",
+        f"received: {precision.value}   expected: fp8, or nothing for high precision",
+        "fix: use --attention fp8",
+    ):
+        assert part in str(caught.value)
 
 
 # Smoothing changes no output
