@@ -21,6 +21,7 @@ from reelforge.calibration.scale_file import (
     Provenance,
     ScaleKind,
     _encode,
+    format_text,
     read_scale_file,
     tensor_name,
     write_scale_file,
@@ -140,6 +141,21 @@ def test_another_checkpoint_is_refused(written: Path) -> None:
     assert "received: sha256:abc   expected: sha256:other" in str(caught.value)
     assert caught.value.exit_code == 5
     assert read_scale_file(written).provenance.checkpoint == "sha256:abc"
+
+
+def test_other_number_formats_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "scales.safetensors"
+    formats = {"llm": ["int8", "int8"], "dit": ["int8", "float8_e4m3fn"], "dit.attention": ["float8_e4m3fn"]}
+    text = "dit=float8_e4m3fn+int8,dit.attention=float8_e4m3fn,llm=int8"
+    assert format_text(formats) == text
+    write_scale_file(path, replace(PROVENANCE, format=text), TENSORS)
+    for wanted in ({}, formats, {"llm": ["int8"]}, {"dit": ["float8_e4m3fn", "int8"]}):
+        assert read_scale_file(path, formats=wanted).provenance.format == text
+    for wanted in ({"llm": ["float8_e4m3fn"]}, {"dit": ["int8"]}, {"vae_decoder": ["int8"]}):
+        with pytest.raises(CalibrationError, match="was made for other number formats") as caught:
+            read_scale_file(path, formats=wanted)
+        assert f"received: {text}   expected: {format_text(wanted)}" in str(caught.value)
+        assert "calibrate again with the precision that will be built" in str(caught.value)
 
 
 def test_a_missing_layer_is_named(written: Path) -> None:
