@@ -48,7 +48,7 @@ $(STAMP): pyproject.toml constraints.txt
 	"$(BIN)/python" -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
 	@touch "$@"
 
-demo: $(STAMP) ## Build the demo bundle; generate out/demo.mp4 and the contact sheet out/demo.png
+demo: $(STAMP) ## Build the INT8 demo bundle; generate out/demo.mp4 and the contact sheet out/demo.png
 	@start=$$SECONDS; \
 	$(MAKE) --no-print-directory out/demo.bundle/manifest.json; \
 	echo "$(BIN)/reelforge generate out/demo.bundle -p '$(DEMO_PROMPT)' -o out/demo.mp4 --seed 7"; \
@@ -61,9 +61,10 @@ demo: $(STAMP) ## Build the demo bundle; generate out/demo.mp4 and the contact s
 	printf 'time:   %d min %02d s, the environment not included\n' $$((seconds / 60)) $$((seconds % 60))
 
 # Built again when the checkpoint or the compiler changes, so that running the target twice only generates.
-out/demo.bundle/manifest.json: $(DEMO_CHECKPOINT)/model_index.json $(SOURCES)
+out/demo.bundle/manifest.json: $(DEMO_CHECKPOINT)/model_index.json demo/calibration_prompts.txt $(SOURCES)
 	rm -rf out/demo.bundle
-	"$(BIN)/build-engine" $(DEMO_CHECKPOINT) -o out/demo.bundle
+	"$(BIN)/build-engine" $(DEMO_CHECKPOINT) -o out/demo.bundle --precision int8 \
+		--calibration-prompts demo/calibration_prompts.txt
 	@touch "$@"
 
 # Stands in for the trained checkpoint where there is none: random weights of the same architecture.

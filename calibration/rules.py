@@ -7,9 +7,14 @@ fills it in, the compiler reads it.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+
+from reelforge.calibration.number_formats import NumberFormat
+
+Formats = Mapping[str, Mapping[str, NumberFormat]]
+"""Stage -> layer (or attention) -> the 8-bit format that it gets."""
 
 
 class FoldKind(enum.Enum):
@@ -61,10 +66,12 @@ class StageRules:
     Attributes:
         quantised: Patterns (``fnmatch``) of layers that an 8-bit precision covers; all others stay in high precision.
         groups: Where smoothing may be applied.
+        attentions: Attentions whose operands may be in 8 bits, by name (``double.3.attention``).
     """
 
     quantised: tuple[str, ...]
     groups: tuple[SmoothingGroup, ...] = ()
+    attentions: tuple[str, ...] = ()
 
     def covers(self, layer: str) -> bool:
         """Whether an 8-bit precision of the stage covers ``layer``."""

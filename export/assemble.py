@@ -23,6 +23,7 @@ STORED_DTYPES = {
     "F16": ir.DataType.FLOAT16,
     "BF16": ir.DataType.BFLOAT16,
 }
+EIGHT_BIT_DTYPES = {"I8": ir.DataType.INT8, "F8_E4M3": ir.DataType.FLOAT8E4M3FN}
 COMPUTE_IR_DTYPES = {Precision.FP32: ir.DataType.FLOAT, Precision.FP16: ir.DataType.FLOAT16}
 _IR_DTYPES = {"float32": ir.DataType.FLOAT, "int64": ir.DataType.INT64}
 
@@ -122,8 +123,15 @@ class _Assembly:
         )
 
     def _weight(self, name: str) -> ir.Value:
-        """Return the weight as the stage computes with it."""
+        """Return the weight as the stage computes with it.
+
+        One that is stored in 8 bits is an initialiser without a value, which its layer's quantisation replaces.
+        """
         entry = self.weights[name]
+        if entry.dtype in EIGHT_BIT_DTYPES:
+            kind = ir.TensorType(COMPUTE_IR_DTYPES[self.precision])
+            self.initializers[name] = ir.Value(name=name, shape=ir.Shape(entry.shape), type=kind)
+            return self.initializers[name]
         stored = STORED_DTYPES[entry.dtype]
         dtype = COMPUTE_IR_DTYPES[self.precision]
         cast = f"{name}.{dtype.name}"

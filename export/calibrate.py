@@ -25,12 +25,12 @@ from reelforge.calibration.errors import CalibrationError
 from reelforge.calibration.fingerprint import bundle_fingerprint
 from reelforge.calibration.observe import ChannelMaxima, Observer
 from reelforge.calibration.prompts import prompts_sha256
-from reelforge.calibration.rules import SmoothingGroup
+from reelforge.calibration.rules import Formats, SmoothingGroup
 from reelforge.calibration.scale_file import Provenance, ScaleKind, format_text, tensor_name
 from reelforge.calibration.scale_methods import DEFAULT_PERCENTILE, ScaleMethod, activation_scale
 from reelforge.calibration.state import CalibrationState
 from reelforge.calibration.statistics import TensorStatistics
-from reelforge.export.calibration_plan import CalibrationPlan, Formats, plan_calibration
+from reelforge.export.calibration_plan import CalibrationPlan, plan_calibration
 from reelforge.export.lockstep import TEXT_STAGES, Lockstep, OnProgress
 from reelforge.export.observed import ObservedValue
 from reelforge.runtime.bundle.open import Bundle

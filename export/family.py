@@ -46,6 +46,7 @@ class Family:
         stages: Lists the stages for a spec and a batch size.
         key_maps: By checkpoint layout.
         quantisation: Which layers of which stages may be computed in 8 bits.
+        quantised_by_default: The stages that an 8-bit precision for the whole model means.
     """
 
     stage_names: tuple[str, ...]
@@ -53,6 +54,7 @@ class Family:
     stages: Callable[[ModelSpec, int], tuple[Stage, ...]]
     key_maps: Mapping[Layout, KeyMap]
     quantisation: Callable[[ModelSpec], Mapping[str, StageRules]]
+    quantised_by_default: tuple[str, ...]
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -65,5 +67,6 @@ FAMILIES: Mapping[str, Family] = {
             Layout.TENCENT: KeyMap(keys_tencent.stage_sources, keys_tencent.explained),
         },
         quantisation=quantisation_rules,
+        quantised_by_default=("dit",),
     ),
 }

@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, common
 
+from reelforge.export.passes.lower_float8 import LowerFloat8Pass
 from reelforge.export.passes.lower_frame_causal_attention import LowerFrameCausalAttentionPass
 from reelforge.export.passes.lower_group_norm import LowerGroupNormPass
 from reelforge.export.passes.lower_key_lengths import LowerKeyLengthsPass
 from reelforge.export.passes.lower_linear import LowerLinearPass
+from reelforge.export.passes.quantise_attention import AttentionScales, QuantiseAttentionPass
+from reelforge.export.passes.quantise_layers import QuantisedLayer, QuantiseLayersPass
 from reelforge.runtime.recipe import Backend, Target
 
 
-def passes_for(target: Target) -> Sequence[InPlacePass]:
-    """Return the passes that turn an assembled graph into one that ``target`` takes, in the order they run."""
+@dataclass(frozen=True)
+class EightBit:
+    """What of a graph is computed in 8 bits.
+
+    Attributes:
+        layers: By layer name.
+        attentions: Scales by the attention's name.
+    """
+
+    layers: Mapping[str, QuantisedLayer] = field(default_factory=dict)
+    attentions: Mapping[str, AttentionScales] = field(default_factory=dict)
+
+
+def passes_for(target: Target, eight_bit: EightBit) -> Sequence[InPlacePass]:
+    """Return the passes that turn an assembled graph into one that ``target`` takes, in the order they run.
+
+    Args:
+        target: What will execute the graph.
+        eight_bit: What of it is computed in 8 bits.
+    """
     lowering: dict[Backend, tuple[InPlacePass, ...]] = {
         Backend.CPU: (
             common.IdentityEliminationPass(),
@@ -23,6 +45,10 @@ def passes_for(target: Target) -> Sequence[InPlacePass]:
             LowerKeyLengthsPass(),
             LowerGroupNormPass(),
             LowerLinearPass(),
+            common.RemoveUnusedNodesPass(),  # the transposes: a layer is what alone uses its weight
+            QuantiseLayersPass(eight_bit.layers),
+            QuantiseAttentionPass(eight_bit.attentions),
+            LowerFloat8Pass(),
             common.CommonSubexpressionEliminationPass(),
             common.RemoveUnusedNodesPass(),
             common.RemoveUnusedOpsetsPass(),
@@ -32,8 +58,8 @@ def passes_for(target: Target) -> Sequence[InPlacePass]:
     return lowering[target.backend]
 
 
-def lower(model: ir.Model, target: Target) -> ir.Model:
+def lower(model: ir.Model, target: Target, eight_bit: EightBit | None = None) -> ir.Model:
     """Run the target's passes over ``model`` in place and return it."""
-    for graph_pass in passes_for(target):
+    for graph_pass in passes_for(target, eight_bit or EightBit()):
         graph_pass(model)
     return model

@@ -16,9 +16,8 @@ from reelforge.calibration.errors import CalibrationError
 from reelforge.calibration.observe import ChannelLayout, ObservedTensor
 from reelforge.calibration.rules import FoldKind, SmoothingGroup
 from reelforge.calibration.scale_file import ScaleKind
-from reelforge.export.passes.layers import Layer, weighted_layers
+from reelforge.export.passes.layers import Layer, attention_nodes, weighted_layers
 
-ATTENTION = "Attention"
 OPERANDS = (ScaleKind.QUERY, ScaleKind.KEY, ScaleKind.VALUE)
 
 _REARRANGING = ("Cast", "Identity", "Gather", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze")
@@ -71,18 +70,6 @@ def observed_values(
             ]
     order = {value: index for index, value in enumerate(value for node in graph for value in node.outputs)}
     return tuple(sorted(observed, key=lambda item: order.get(item.value, -1)))
-
-
-def attention_nodes(graph: ir.Graph) -> dict[str, ir.Node]:
-    """Return the attention nodes by the path of their block: ``double.0.attention``."""
-    nodes: dict[str, ir.Node] = {}
-    for node in graph:
-        if node.op_type == ATTENTION and node.name:
-            path, _, last = node.name.rpartition(".")
-            # A second attention of a block is numbered after the operator: "...Attention.2".
-            name = f"{path}.{last.lower()}" if not last.isdecimal() else f"{path.lower()}.{last}"
-            nodes[name] = node
-    return nodes
 
 
 def smoothed_attentions(graph: ir.Graph, group: SmoothingGroup) -> set[str]:

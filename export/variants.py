@@ -26,8 +26,8 @@ from reelforge.calibration.smoothing import fold_into_weight
 from reelforge.export.family import FAMILIES
 from reelforge.export.graph_file import graph_bytes
 from reelforge.export.passes.editing import GraphEditor
-from reelforge.export.passes.guard_float8 import GuardFloat8Pass
 from reelforge.export.passes.layers import Layer, weighted_layers
+from reelforge.export.passes.lower_float8 import LowerFloat8Pass
 from reelforge.export.passes.quantise_layers import QuantisedLayer, QuantiseLayersPass
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.engines.engine import Engine
@@ -174,7 +174,7 @@ class Variants:
             plan[name] = _quantised(weight, scales)
         for graph_pass in (
             QuantiseLayersPass(plan),
-            GuardFloat8Pass(),
+            LowerFloat8Pass(),
             common.CommonSubexpressionEliminationPass(),  # layers that share an input share its quantised form
             common.RemoveUnusedNodesPass(),
         ):

@@ -1,7 +1,8 @@
 """Weights: from a checkpoint's tensors to the entries of a bundle, without a second copy where none is needed.
 
 A parameter that lies contiguously in the checkpoint is referenced there (the file is hard-linked into the bundle); one
-that needs another order of rows or columns is streamed into ``weights/<stage>.safetensors``. Every byte is read once,
+that needs another order of rows or columns, or takes in a smoothing, is streamed into ``weights/<stage>.safetensors``,
+and the codes of 8-bit layers into files of their own. Every byte is read once,
 for its digest, its NaN count and its conversion together. The module knows no graphs and no models.
 """
 
@@ -16,9 +17,12 @@ from reelforge.export.checkpoint.component import Checkpoint
 from reelforge.export.checkpoint.digest import digest
 from reelforge.export.checkpoint.match import match_component
 from reelforge.export.checkpoint.safetensors_writer import write_converted
-from reelforge.export.checkpoint.sources import Conversion, Resolved
+from reelforge.export.checkpoint.sources import Conversion, Resolved, WeightSource
 from reelforge.export.checkpoint.tensor_ref import TensorRef
 from reelforge.export.family import KeyMap
+from reelforge.export.folded_weight import FoldedWeight
+from reelforge.export.quantisation import StagePlan
+from reelforge.export.quantised_weights import place_quantised
 from reelforge.export.stage import Stage
 from reelforge.runtime.bundle.write import BundleWriter, Placement
 from reelforge.runtime.manifest import WeightEntry
@@ -75,35 +79,63 @@ class WeightPlacer:
     _linking: threading.Lock = field(default_factory=threading.Lock)
 
     def place(
-        self, stage: Stage, resolved: Mapping[str, Resolved], progress: Progress | None = None
+        self,
+        stage: Stage,
+        resolved: Mapping[str, Resolved],
+        plan: StagePlan | None = None,
+        progress: Progress | None = None,
     ) -> dict[str, WeightEntry]:
-        """Link or convert the weights of one stage.
+        """Quantise, convert or link the weights of one stage.
+
+        A stage with 8-bit layers refers to no file of the checkpoint: what is left of it in high precision is small,
+        and would otherwise keep the float weights in the bundle.
 
         Args:
             stage: Gives the parameters' shapes in the graph.
             resolved: Where each parameter comes from.
-            progress: Called with bytes done; an exception raised in it stops the work.
+            plan: What quantisation changes; None changes nothing.
+            progress: Called with bytes of the checkpoint done; an exception raised in it stops the work.
 
         Returns:
-            The entries by parameter name, in the stage's order.
+            The entries by name, in the stage's order. The entry of an 8-bit weight is that of its codes, and one named
+            ``<weight>.scale`` follows.
         """
-        conversions = {name: weight for name, weight in resolved.items() if isinstance(weight, Conversion)}
-        in_place = {name: weight for name, weight in resolved.items() if isinstance(weight, TensorRef)}
+        plan = plan or StagePlan()
+        eight_bit = {f"{layer}.weight": layer_plan.weight for layer, layer_plan in plan.layers.items()}
+        rest = {
+            name: FoldedWeight(weight, plan.folded[name]) if name in plan.folded else weight
+            for name, weight in resolved.items()
+            if name not in eight_bit
+        }
+        in_place = {} if eight_bit else {name: weight for name, weight in rest.items() if isinstance(weight, TensorRef)}
+        written = {name: weight for name, weight in rest.items() if name not in in_place}
         entries: dict[str, WeightEntry] = {}
-        if conversions:
-            file = f"weights/{stage.name}.safetensors"
-            self.writer.require_space(converted_bytes(resolved))
-            for name, written in write_converted(self.writer.path(file), conversions, progress).items():
-                ref = written.ref
-                shape = tuple(conversions[name].shape)
-                entries[name] = WeightEntry(name, ref.dtype, shape, file, ref.offset, ref.nbytes, written.sha256)
-                self._count(stage, name, written.non_finite)
+        if eight_bit:
+            sources = {name: resolved[name] for name in eight_bit}
+            for codes, scale in place_quantised(self.writer, stage.name, sources, eight_bit, progress).values():
+                entries.update({codes.name: codes, scale.name: scale})
+        if written:
+            entries.update(self._write(stage, written, progress))
         for name, (sha256, non_finite) in digest(in_place, progress).items():
             ref = in_place[name]
             file = self._link(stage.component, ref.path)
             entries[name] = WeightEntry(name, ref.dtype, tuple(ref.shape), file, ref.offset, ref.nbytes, sha256)
             self._count(stage, name, non_finite)
-        return {name: entries[name] for name in resolved}
+        order = [name for parameter in resolved for name in (parameter, f"{parameter}.scale") if name in entries]
+        return {name: entries[name] for name in order}
+
+    def _write(
+        self, stage: Stage, weights: Mapping[str, WeightSource], progress: Progress | None
+    ) -> Mapping[str, WeightEntry]:
+        file = f"weights/{stage.name}.safetensors"
+        self.writer.require_space(sum(weight.nbytes for weight in weights.values()))
+        entries = {}
+        for name, written in write_converted(self.writer.path(file), weights, progress).items():
+            ref = written.ref
+            shape = tuple(weights[name].shape)
+            entries[name] = WeightEntry(name, ref.dtype, shape, file, ref.offset, ref.nbytes, written.sha256)
+            self._count(stage, name, written.non_finite)
+        return entries
 
     def _count(self, stage: Stage, name: str, non_finite: int) -> None:
         if non_finite:
@@ -113,7 +145,8 @@ class WeightPlacer:
         with self._linking:  # stages of one component share files
             if source not in self._linked:
                 name = f"weights/{component}.{source.name}"
-                if self.writer.link_weight_file(source, name) is Placement.COPIED:
+                present = (self.writer.folder / name).exists()  # a stage that came from the reference uses it too
+                if not present and self.writer.link_weight_file(source, name) is Placement.COPIED:
                     self.copied.append(name)
                 self._linked[source] = name
             return self._linked[source]

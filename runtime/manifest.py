@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from reelforge.runtime.codec import to_json
+from reelforge.runtime.quality import QualityReport
 from reelforge.runtime.recipe import Recipe, Target
 from reelforge.runtime.spec import ModelSpec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class WeightEntry:
     """One weight that a graph references: ``length`` bytes from ``offset`` of ``file`` (relative to the bundle)."""
 
     name: str
-    dtype: str  # safetensors' name: "BF16", "F16", "F32"
+    dtype: str  # safetensors' name: "BF16", "F16", "F32", "I8", "F8_E4M3"
     shape: tuple[int, ...]
     file: str
     offset: int
@@ -52,7 +53,7 @@ class StageEntry:
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     weights: tuple[WeightEntry, ...]
-    tolerance: float  # largest absolute difference from the fp32 reference at output scale 1-4
+    tolerance: float | None  # largest absolute difference from fp32 at output scale 1-4; None: see Manifest.quality
     parity: float | None  # largest absolute difference measured when the bundle was built; None if it was not measured
     nodes: dict[str, int]  # operator type -> count
 
@@ -88,6 +89,7 @@ class Manifest:
     files: tuple[FileEntry, ...]
     provenance: dict[str, str]  # checkpoint layout, tool and library versions; not part of the content digest
     content_digest: str
+    quality: QualityReport | None = None  # what quantisation costs; None: nothing is quantised, or it was not measured
 
     def stage(self, name: str) -> StageEntry | None:
         """Return the entry of stage ``name``, or None."""

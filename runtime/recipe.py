@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from reelforge.runtime.errors import RequestError
 
@@ -19,6 +19,13 @@ class Precision(enum.Enum):
 
     FP32 = "fp32"
     FP16 = "fp16"
+    INT8 = "int8"  # symmetric, a scale per output channel of the weight and one per activation tensor
+    FP8 = "fp8"  # E4M3, likewise
+
+    @property
+    def quantised(self) -> bool:
+        """Whether weights and activations are stored in 8 bits with calibrated scales."""
+        return self in (Precision.INT8, Precision.FP8)
 
 
 class Backend(enum.Enum):
@@ -88,18 +95,118 @@ class Target:
 class Recipe:
     """Precision per stage and the video shapes that the bundle serves.
 
-    ``shapes`` empty means every size that the model's grid allows; otherwise requests must lie in the range that the
-    shapes span, per dimension, or be a single frame of such a size. ``batch`` is the largest number of videos per call
-    of ``dit``; above one the graph takes ``text_lengths`` and masks the keys of shorter prompts.
+    Attributes:
+        precision: Of each stage. In a quantised stage it is the precision of the layers that the family lets go.
+        shapes: Empty means every size that the model's grid allows; otherwise requests must lie in the range that the
+            shapes span, per dimension, or be a single frame of such a size.
+        batch: The largest number of videos per call of ``dit``; above one the graph takes ``text_lengths`` and masks
+            the keys of shorter prompts.
+        high_precision: Of everything in a quantised stage that is not in 8 bits.
+        kept: Layers of a quantised stage that stay in high precision beyond what the family keeps: stage -> patterns in
+            which ``*`` stands for any characters.
+        attention: Arithmetic of the ``dit`` stage's attention; None means the high precision.
     """
 
     precision: dict[str, Precision]
     shapes: tuple[VideoShape, ...] = ()
     batch: int = 1
+    high_precision: Precision = Precision.FP32
+    kept: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    attention: Precision | None = None
 
     @classmethod
     def uniform(
         cls, precision: Precision, stages: Sequence[str], shapes: Sequence[VideoShape] = (), batch: int = 1
     ) -> Recipe:
-        """Return a recipe with one precision for all ``stages``."""
+        """Return a recipe with one precision for all ``stages``, none of it in 8 bits."""
         return cls(dict.fromkeys(stages, precision), tuple(shapes), batch)
+
+    def quantised_stages(self) -> tuple[str, ...]:
+        """Return the stages with layers in 8 bits."""
+        return tuple(stage for stage, precision in self.precision.items() if precision.quantised)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether anything needs scales: layers or attention."""
+        return bool(self.quantised_stages()) or self.attention is not None
+
+    def base(self, stage: str) -> Precision:
+        """Return the precision that ``stage`` has where it is not in 8 bits."""
+        precision = self.precision[stage]
+        return self.high_precision if precision.quantised else precision
+
+
+@dataclass(frozen=True)
+class QuantisationRecipe:
+    """The part of a recipe that a sensitivity analysis decides, and writes to a file.
+
+    Attributes:
+        precision: By stage, or ``"*"``.
+        kept: stage -> layers that stay in high precision.
+    """
+
+    precision: dict[str, Precision]
+    kept: dict[str, tuple[str, ...]]
+
+
+EVERY_STAGE = "*"
+
+
+def parse_precisions(text: str) -> dict[str, Precision]:
+    """Read what ``--precision`` says: one word for the model, or ``stage=word`` separated by commas, or both.
+
+    Args:
+        text: For example ``fp16``, ``int8`` or ``fp16,dit=fp8,llm=int8``.
+
+    Returns:
+        Precision by stage; the word for the model has the key ``"*"``.
+
+    Raises:
+        RequestError: For an unknown precision, or a stage that is named twice.
+    """
+    result: dict[str, Precision] = {}
+    for item in text.split(","):
+        stage, separator, word = (part.strip() for part in item.rpartition("="))
+        precision = next((member for member in Precision if member.value == word), None)
+        name = stage if separator else EVERY_STAGE
+        if precision is None or name in result or not name:
+            raise RequestError(
+                f"the precision {item.strip()!r} cannot be read.",
+                received=text,
+                expected=f"{', '.join(member.value for member in Precision)}; or stage=precision, each stage once",
+                fix="write for example int8, or dit=fp8,llm=int8",
+            )
+        result[name] = precision
+    return result
+
+
+def resolve_precisions(
+    chosen: Mapping[str, Precision], stages: Sequence[str], quantised_by_default: Sequence[str]
+) -> dict[str, Precision]:
+    """Return the precision of every stage.
+
+    An 8-bit precision for the model (``"*"``) means the stages of ``quantised_by_default``; the others, and what
+    nothing is said about, are fp32.
+
+    Args:
+        chosen: From :func:`parse_precisions`.
+        stages: The model's stages; the result has their order.
+        quantised_by_default: Those that an 8-bit precision for the model covers.
+
+    Raises:
+        RequestError: For a stage that the model does not have.
+    """
+    unknown = [name for name in chosen if name not in stages and name != EVERY_STAGE]
+    if unknown:
+        raise RequestError(
+            "the precision names stages that the model does not have.",
+            received=", ".join(unknown),
+            expected=", ".join(stages),
+            fix="write for example dit=int8,llm=fp16",
+        )
+    general = chosen.get(EVERY_STAGE, Precision.FP32)
+    result = {}
+    for stage in stages:
+        fallback = Precision.FP32 if general.quantised and stage not in quantised_by_default else general
+        result[stage] = chosen.get(stage, fallback)
+    return result

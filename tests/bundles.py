@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +21,13 @@ import onnx_ir as ir
 import pytest
 
 from reelforge.export import assemble
-from reelforge.export.build import BuildEvents, BuildRequest, build_bundle
+from reelforge.export.build import build_bundle
+from reelforge.export.build_request import BuildEvents, BuildRequest, CalibrationRequest
 from reelforge.export.capture import Trace, capture_part
 from reelforge.export.models.hunyuan_video.spec_from_checkpoint import Numerics
 from reelforge.export.stage import Part, Value
 from reelforge.runtime.manifest import Manifest
-from reelforge.runtime.recipe import Backend, Precision, Target
+from reelforge.runtime.recipe import EVERY_STAGE, Backend, Precision, Target
 
 CPU = Target(Backend.CPU)
 STAGES = ("llm", "clip", "refiner", "modulation", "dit", "vae_decoder")
@@ -94,11 +95,13 @@ def build(
     checkpoint: Path,
     output: Path,
     *stages: str,
-    precision: Precision = Precision.FP32,
+    precision: Precision | Mapping[str, Precision] = Precision.FP32,
     batch: int = 1,
     numerics: Numerics = Numerics.DIFFUSERS,
     prompt_template: Path | None = None,
     verify: bool = False,
+    calibration: CalibrationRequest | None = None,
+    kept: Mapping[str, tuple[str, ...]] | None = None,
     events: BuildEvents | None = None,
 ) -> Manifest:
     """Build a bundle of ``stages`` (all by default)."""
@@ -106,11 +109,13 @@ def build(
         checkpoint=checkpoint,
         output=output,
         target=CPU,
-        precision=precision,
+        precision={EVERY_STAGE: precision} if isinstance(precision, Precision) else precision,
         stages=stages,
         batch=batch,
         numerics=numerics,
         prompt_template=prompt_template,
         verify=verify,
+        calibration=calibration or CalibrationRequest(),
+        kept=kept or {},
     )
     return build_bundle(request, events)

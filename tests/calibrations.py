@@ -23,8 +23,7 @@ from reelforge.calibration.rules import SmoothingGroup
 from reelforge.export import reference
 from reelforge.export.calibrate import CalibrationOptions
 from reelforge.export.family import FAMILIES
-from reelforge.export.observed import attention_nodes
-from reelforge.export.passes.layers import weighted_layers
+from reelforge.export.passes.layers import attention_nodes, weighted_layers
 from reelforge.export.verify import bundle_stages
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.noise import gaussian_noise

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
+from reelforge.runtime.codec import to_json
 from reelforge.runtime.errors import RequestError
-from reelforge.runtime.recipe import Precision, Target, VideoShape
+from reelforge.runtime.quality import QualityThresholds
+from reelforge.runtime.recipe import QuantisationRecipe, Target, VideoShape, parse_precisions
 from reelforge.tools import console
+from reelforge.tools.build_report import node_table, quality_table, shown
+from reelforge.tools.quantisation_options import calibration_options, parse_kept, precision_of, read_recipe
 
 if TYPE_CHECKING:
-    from reelforge.export.build import BuildEvents
-    from reelforge.runtime.manifest import Manifest, StageEntry
+    from reelforge.runtime.manifest import Manifest
 
 
 @click.command(
@@ -33,11 +32,45 @@ if TYPE_CHECKING:
 @click.option("--target", default="cpu", show_default=True, help="Backend that will execute the engines.")
 @click.option(
     "--precision",
-    type=click.Choice([precision.value for precision in Precision]),
-    default=Precision.FP32.value,
+    default="fp32",
     show_default=True,
-    help="Arithmetic of products and convolutions. Norms, softmax, latents and timesteps are always fp32.",
+    help="fp32, fp16, int8 or fp8; or by stage, e.g. dit=fp8,llm=int8,vae_decoder=fp16. A lone int8 or fp8 means the "
+    "layers of dit. Norms, softmax, latents and timesteps are always fp32.",
 )
+@click.option(
+    "--keep",
+    multiple=True,
+    metavar="STAGE=PATTERN",
+    help="Layers of an 8-bit stage that stay in high precision, e.g. 'dit=single.39.*'. May be given several times.",
+)
+@click.option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    help="File from `reelforge sensitivity --recipe`, instead of --precision and --keep.",
+)
+@click.option(
+    "--attention",
+    type=click.Choice(["fp8"]),
+    help="Quantise the queries, keys and values of dit's attention too. By default attention is in high precision.",
+)
+@click.option(
+    "--scales",
+    type=click.Path(path_type=Path),
+    help="Use this scale file (see `reelforge calibrate`) instead of calibrating.",
+)
+@calibration_options
+@click.option(
+    "--min-psnr",
+    type=click.FloatRange(0),
+    help="A quantised bundle whose videos are further from fp32 than this many dB (median) is refused. By default 30 "
+    "for int8, 33 for fp8.",
+)
+@click.option(
+    "--min-cosine",
+    type=click.FloatRange(0, 1),
+    help="Likewise for the cosine between the velocities of any step. By default nothing is asked for.",
+)
+@click.option("--no-gate", is_flag=True, help="Do not measure what quantisation costs; the manifest then says so.")
 @click.option(
     "--shapes",
     default="",
@@ -68,6 +101,21 @@ def build_engine(
     output: Path,
     target: str,
     precision: str,
+    keep: tuple[str, ...],
+    recipe: Path | None,
+    attention: str | None,
+    scales: Path | None,
+    prompts: Path | None,
+    method: str,
+    percentile: float,
+    smoothing: float | None,
+    seed: int,
+    steps: int | None,
+    shape: str | None,
+    memory: float,
+    min_psnr: float | None,
+    min_cosine: float | None,
+    no_gate: bool,
     shapes: str,
     stages: str,
     batch: int,
@@ -82,16 +130,23 @@ def build_engine(
     (hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt, ...). Weights that need no conversion are not
     copied: the bundle holds hard links to the checkpoint's files where both lie on one file system.
 
-    The bundle appears under its name only when it is complete; a build that fails or is interrupted leaves nothing.
+    The bundle appears under its name only when it is complete; a build that fails or is interrupted leaves nothing but
+    the progress of a calibration (OUTPUT.calibration), from which the same command goes on.
+
+    With int8 or fp8 the model is first built in fp32 and run over prompts and all steps to find scales; the finished
+    bundle is measured against it on other prompts, and refused if its videos are too far off (exit code 6).
 
     \b
     Examples:
       build-engine models/HunyuanVideo -o hv.bundle
       build-engine ckpts -o hv-720p.bundle --precision fp16 --shapes 720x1280x129,544x960x129
+      build-engine ckpts -o hv-int8.bundle --precision int8 --calibration-prompts prompts.txt
     """  # noqa: D301 - \b is click's mark for text that it does not wrap
     parsed_target = Target.parse(target)
     parsed_shapes = tuple(VideoShape.parse(text) for text in shapes.split(",") if text.strip())
-    from reelforge.export.build import BuildRequest, build_bundle
+    from reelforge.calibration.scale_methods import ScaleMethod
+    from reelforge.export.build import build_bundle
+    from reelforge.export.build_request import BuildRequest, CalibrationRequest
     from reelforge.export.models.hunyuan_video.spec_from_checkpoint import Numerics
 
     if not checkpoint.is_dir():
@@ -100,59 +155,48 @@ def build_engine(
             expected="a folder in diffusers' or Tencent's layout",
             fix="download the model first; hub names are not resolved",
         )
+    chosen = (
+        QuantisationRecipe(parse_precisions(precision), parse_kept(keep)) if recipe is None else read_recipe(recipe)
+    )
     request = BuildRequest(
         checkpoint=checkpoint,
         output=output,
         target=parsed_target,
-        precision=Precision(precision),
+        precision=chosen.precision,
+        kept=chosen.kept,
+        attention=precision_of(attention),
         shapes=parsed_shapes,
         stages=tuple(name.strip() for name in stages.split(",") if name.strip()),
         batch=batch,
         numerics=Numerics(numerics),
         prompt_template=prompt_template,
         verify=verify,
+        calibration=CalibrationRequest(
+            scales=scales,
+            prompts=prompts,
+            method=ScaleMethod(method),
+            percentile=percentile,
+            smoothing=smoothing,
+            seed=seed,
+            steps=steps,
+            shape=None if shape is None else VideoShape.parse(shape),
+            memory_bytes=int(memory * 2**30),
+            thresholds=_thresholds(min_psnr, min_cosine),
+            gated=not no_gate,
+        ),
     )
     started = time.monotonic()
     finished: dict[str, float] = {}
-    with _shown(as_json, lambda entry: finished.update({entry.name: time.monotonic() - started})) as events:
+    with shown(as_json, lambda entry: finished.update({entry.name: time.monotonic() - started})) as events:
         manifest = build_bundle(request, events)
     if as_json:
         click.echo(json.dumps(_as_json(manifest, output, time.monotonic() - started, finished)))
         return
     terminal = Console(stderr=True)
-    terminal.print(_node_table(manifest))
+    terminal.print(node_table(manifest))
+    if manifest.quality is not None:
+        terminal.print(quality_table(manifest.quality))
     terminal.print(f"{output}: built in {time.monotonic() - started:.1f} s, content {manifest.content_digest[:16]}")
-
-
-@contextmanager
-def _shown(hidden: bool, on_stage: Callable[[StageEntry], None]) -> Iterator[BuildEvents]:
-    """Progress bars for weights and a line per finished stage, on stderr."""
-    from reelforge.export.build import BuildEvents
-
-    terminal = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description:>12}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=terminal, disable=hidden, transient=True) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def weights(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(f"{stage} weights", total=total)
-            bars.update(tasks[stage], completed=done)
-
-        def stage_done(entry: StageEntry) -> None:
-            on_stage(entry)
-            if not hidden:
-                nodes = ", ".join(f"{count} {operator}" for operator, count in list(entry.nodes.items())[:4])
-                total = sum(entry.nodes.values())
-                size = console.format_bytes(sum(weight.length for weight in entry.weights))
-                terminal.print(f"[bold]{entry.name:>12}[/bold]  {size:>10} weights  {total} nodes ({nodes}, ...)")
-
-        yield BuildEvents(weights=weights, stage=stage_done, notice=console.print_notice)
 
 
 def _as_json(manifest: Manifest, output: Path, seconds: float, finished: dict[str, float]) -> dict[str, Any]:
@@ -162,6 +206,8 @@ def _as_json(manifest: Manifest, output: Path, seconds: float, finished: dict[st
         "content_digest": manifest.content_digest,
         "seconds": round(seconds, 3),
         "target": str(manifest.target),
+        "recipe": to_json(manifest.recipe),
+        "quality": to_json(manifest.quality),
         "stages": {
             entry.name: {
                 "weights_bytes": sum(weight.length for weight in entry.weights),
@@ -175,18 +221,11 @@ def _as_json(manifest: Manifest, output: Path, seconds: float, finished: dict[st
     }
 
 
-def _node_table(manifest: Manifest) -> Table:
-    """Operators by stage, the most frequent first."""
-    table = Table(title="nodes by type")
-    table.add_column("operator")
-    totals: dict[str, int] = {}
-    for entry in manifest.stages:
-        table.add_column(entry.name, justify="right")
-        for operator, count in entry.nodes.items():
-            totals[operator] = totals.get(operator, 0) + count
-    for operator in sorted(totals, key=lambda name: (-totals[name], name)):
-        table.add_row(operator, *(str(entry.nodes.get(operator, "")) for entry in manifest.stages))
-    return table
+def _thresholds(min_psnr: float | None, min_cosine: float | None) -> QualityThresholds | None:
+    """Return what a person asked for; None where nothing was said, which means the precisions' defaults."""
+    if min_psnr is None and min_cosine is None:
+        return None
+    return QualityThresholds(min_psnr or 0.0, min_cosine or 0.0)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

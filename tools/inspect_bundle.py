@@ -20,6 +20,7 @@ from reelforge.runtime.codec import to_json
 from reelforge.runtime.manifest import Manifest, StageEntry
 from reelforge.runtime.request import default_shape
 from reelforge.tools import console
+from reelforge.tools.build_report import quality_table
 
 _NUMBERS = {"weights", "tensors", "parity", "limit"}
 
@@ -68,6 +69,7 @@ def summary(bundle: Bundle, check: Check) -> dict[str, Any]:
         "stages": [_stage_summary(manifest, entry) for entry in manifest.stages],
         "files": to_json(manifest.files),
         "provenance": dict(manifest.provenance),
+        "quality": to_json(manifest.quality),
     }
 
 
@@ -118,6 +120,8 @@ def _print(bundle: Bundle, check: Check) -> None:
         facts.add_row(name, value)
     screen.print(facts)
     screen.print(_stage_table(manifest))
+    if manifest.quality is not None:
+        screen.print(quality_table(manifest.quality))
     screen.print(_tensor_table(manifest))
     screen.print(_node_table(manifest))
 
@@ -133,7 +137,7 @@ def _stage_table(manifest: Manifest) -> Table:
             console.format_bytes(weights_bytes(entry)),
             str(len(entry.weights)),
             "unknown" if entry.parity is None else f"{entry.parity:.1e}",
-            f"{entry.tolerance:.0e}",
+            "" if entry.tolerance is None else f"{entry.tolerance:.0e}",
             entry.graph_digest[:12],
         )
     return table

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reelforge.export.checkpoint.digest import THREADS, Progress, ProgressMeter, count_non_finite, in_threads
-from reelforge.export.checkpoint.sources import Conversion
+from reelforge.export.checkpoint.sources import WeightSource
 from reelforge.export.checkpoint.tensor_ref import DTYPES, TensorRef, nbytes_of
 from reelforge.runtime.errors import BuildError
 
@@ -141,7 +141,7 @@ def write_safetensors(
 
 
 def write_converted(
-    path: Path, conversions: Mapping[str, Conversion], progress: Progress | None = None
+    path: Path, conversions: Mapping[str, WeightSource], progress: Progress | None = None
 ) -> dict[str, WrittenTensor]:
     """Carry out ``conversions`` and write their results, by parameter name, to the new safetensors file ``path``.
 

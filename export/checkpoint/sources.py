@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -172,6 +172,29 @@ class Conversion:
 
 
 Resolved = TensorRef | Conversion
+
+
+class WeightSource(Protocol):
+    """Anything that yields a parameter's bytes: a reference, a conversion, or one of them changed while it is read."""
+
+    @property
+    def dtype(self) -> str:
+        """The safetensors name of its type."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Its length in bytes."""
+        ...
+
+    def pieces(self, limit: int = CONVERSION_PIECE_BYTES) -> Iterator[NDArray[np.uint8]]:
+        """Yield its bytes in order, in whole elements."""
+        ...
 
 
 def resolve(source: Source, tensors: Mapping[str, TensorRef], shape: tuple[int, ...]) -> Resolved:

@@ -53,7 +53,7 @@ def weighted_layers(graph: ir.Graph) -> dict[str, Layer]:
 
     A weight that two nodes use gives no layer: it could not be replaced for one of them alone.
     """
-    found: dict[str, list[Layer]] = {}
+    found: dict[str, Layer] = {}
     for node in graph:
         if node.op_type not in LAYER_OPERATORS or node.domain not in ("", "ai.onnx"):
             continue
@@ -62,9 +62,22 @@ def weighted_layers(graph: ir.Graph) -> dict[str, Layer]:
             continue
         if node.op_type == "Gemm" and not _plain_gemm(node):
             continue
-        name = weight.name.removesuffix(_SUFFIX)
-        found.setdefault(name, []).append(Layer(name, node, weight))
-    return {name: layers[0] for name, layers in found.items() if len(layers) == 1}
+        if _used_once(weight):
+            name = weight.name.removesuffix(_SUFFIX)
+            found[name] = Layer(name, node, weight)
+    return found
+
+
+def attention_nodes(graph: ir.Graph) -> dict[str, ir.Node]:
+    """Return the attention nodes by the path of their block: ``double.0.attention``."""
+    nodes: dict[str, ir.Node] = {}
+    for node in graph:
+        if node.op_type == "Attention" and node.name:
+            path, _, last = node.name.rpartition(".")
+            # A second attention of a block is numbered after the operator: "...Attention.2".
+            name = f"{path}.{last.lower()}" if not last.isdecimal() else f"{path.lower()}.{last}"
+            nodes[name] = node
+    return nodes
 
 
 def stored_value(value: ir.Value | None) -> ir.Value | None:
@@ -75,6 +88,14 @@ def stored_value(value: ir.Value | None) -> ir.Value | None:
     if producer is not None and producer.op_type == "Cast":
         return stored_value(producer.inputs[0])
     return value if value.is_initializer() else None
+
+
+def _used_once(weight: ir.Value) -> bool:
+    """Whether one node uses the weight, or its only cast."""
+    uses = list(weight.uses())
+    if len(uses) == 1 and uses[0].node.op_type == "Cast":
+        uses = list(uses[0].node.outputs[0].uses())
+    return len(uses) == 1
 
 
 def _plain_gemm(node: ir.Node) -> bool:

@@ -1,10 +1,10 @@
 """QuantiseLayersPass: chosen layers read an 8-bit activation and an 8-bit stored weight.
 
 ``x -> QuantizeLinear -> DequantizeLinear -> layer`` with one scale per tensor, and ``codes -> DequantizeLinear ->
-layer`` with one scale per output channel; the bias is added after the layer in high precision. Every backend of this
-project recognises this form and computes the product in 8 bits: a ``Gemm`` without a third input is what ONNX Runtime
-fuses to ``QGemm`` (with a float bias inside, it computes in fp32 on dequantised weights). The pass does not know how
-scales or codes were made.
+layer`` with one scale per output channel. Every backend of this project recognises this form and computes the product
+in 8 bits. The bias of an INT8 ``Gemm`` is added behind it: without a third input ONNX Runtime fuses ``QGemm``, and with
+a float bias inside it would compute in fp32 on dequantised weights. The pass does not know how scales or codes were
+made.
 """
 
 from __future__ import annotations
@@ -83,8 +83,10 @@ def _quantise(graph: ir.Graph, layer: Layer, quantised: QuantisedLayer) -> None:
     shape = _sizes(layer.activation)
     eight_bits = editor.emit("QuantizeLinear", [layer.activation, *pair], kind=ir.TensorType(kind), shape=shape)
     activation = editor.emit("DequantizeLinear", [eight_bits, *pair], kind=layer.activation.type, shape=shape)
-    codes = _stored(graph, f"{layer.name}.weight.{kind.name.lower()}", quantised.codes)
-    scales = _stored(graph, f"{layer.name}.weight.scale", quantised.weight_scale)
+    weight_name = str(layer.weight.name)
+    _forget_weight(graph, layer)
+    codes = _stored(graph, weight_name, quantised.codes)
+    scales = _stored(graph, f"{weight_name}.scale", quantised.weight_scale)
     weight = editor.emit(
         "DequantizeLinear",
         [codes, scales, _zeros(graph, quantised.weight_scale.shape.numpy()[0], kind)],
@@ -96,6 +98,7 @@ def _quantise(graph: ir.Graph, layer: Layer, quantised: QuantisedLayer) -> None:
     inside = old.op_type == "Conv" or kind != ir.DataType.INT8
     bias_inside = [layer.bias] if layer.bias is not None and inside else []
     result = ir.Value(name=layer.name, type=old.outputs[0].type, shape=old.outputs[0].shape)
+    output_name = old.outputs[0].name
     old.outputs[0].name = f"{layer.name}.replaced"
     node = ir.Node(
         "", old.op_type, [activation, weight, *bias_inside], old.attributes.values(), outputs=[result], name=layer.name
@@ -104,6 +107,18 @@ def _quantise(graph: ir.Graph, layer: Layer, quantised: QuantisedLayer) -> None:
     if layer.bias is not None and not bias_inside:
         result = editor.emit("Add", [result, layer.bias], kind=result.type, shape=_sizes(result))
     editor.replace(result)
+    if result.is_graph_output():
+        result.name = output_name
+
+
+def _forget_weight(graph: ir.Graph, layer: Layer) -> None:
+    """Remove the float weight and its cast; only this layer uses them."""
+    cast = layer.node.inputs[1]
+    layer.node.replace_input_with(1, None)
+    producer = None if cast is None else cast.producer()
+    if producer is not None:
+        graph.remove(producer, safe=True)
+    graph.initializers.pop(str(layer.weight.name))
 
 
 def _stored(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:

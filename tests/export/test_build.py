@@ -15,7 +15,7 @@ import onnx
 import pytest
 from safetensors.torch import load_file, save_file
 
-from reelforge.export.build import BuildEvents
+from reelforge.export.build_request import BuildEvents
 from reelforge.export.models.hunyuan_video.spec_from_checkpoint import Numerics
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.manifest import Manifest, StageEntry

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from reelforge.export import build as build_module
+from reelforge.export import build_source, stage_compiler
 from reelforge.runtime.bundle.write import BundleWriter
 from reelforge.runtime.errors import BuildError, CheckpointError, ReelforgeError, RequestError
 from tests.bundles import build
@@ -51,7 +51,7 @@ def no_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
     def trace(*_: object) -> None:
         raise AssertionError("the fault was not found before the work began")
 
-    monkeypatch.setattr(build_module, "capture_stage", trace)
+    monkeypatch.setattr(stage_compiler, "capture_stage", trace)
 
 
 # The output.
@@ -238,7 +238,7 @@ def test_a_file_that_becomes_shorter_during_the_build(
     checkpoint: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its header was read when it was whole."""
-    resolve = build_module.resolve_stages
+    resolve = build_source.resolve_stages
     file = checkpoint / "text_encoder" / "model.safetensors"
 
     def resolve_then_cut(*arguments: object) -> object:
@@ -246,7 +246,7 @@ def test_a_file_that_becomes_shorter_during_the_build(
         os.truncate(file, file.stat().st_size // 2)
         return resolved
 
-    monkeypatch.setattr(build_module, "resolve_stages", resolve_then_cut)
+    monkeypatch.setattr(build_source, "resolve_stages", resolve_then_cut)
     require_refused(CheckpointError, ["model.safetensors"], output, lambda: build(checkpoint, output, "llm"))
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from reelforge.export import build as build_module
-from reelforge.export.build import BuildEvents
+from reelforge.export import stage_compiler
+from reelforge.export.build_request import BuildEvents
 from reelforge.runtime.bundle.open import Bundle
 from tests.bundles import TraceMemory, build
 
@@ -28,7 +28,7 @@ def stop_in_capture(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> No
     def trace(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(build_module, "capture_stage", trace)
+    monkeypatch.setattr(stage_compiler, "capture_stage", trace)
 
 
 def test_ctrl_c_while_tracing(tiny_checkpoint: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +53,7 @@ def test_ctrl_c_while_weights_are_placed(tiny_checkpoint: Path, output: Path, mo
             time.sleep(0.001)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(build_module, "capture_stage", trace)
+    monkeypatch.setattr(stage_compiler, "capture_stage", trace)
     with pytest.raises(KeyboardInterrupt):
         build(tiny_checkpoint, output, events=BuildEvents(weights=weights))
     ended = time.monotonic()
@@ -82,13 +82,13 @@ def test_a_failure_in_the_weights_thread_ends_the_build(
 CHILD = """
 import sys, time
 from pathlib import Path
-from reelforge.export import build as build_module
+from reelforge.export import stage_compiler
 from reelforge.runtime.bundle.write import BundleWriter
 from reelforge.tools.build_engine import main
 from tests.bundles import TraceMemory
 
 memory, moment, *arguments = sys.argv[1:]
-owner, name = {"capture": (build_module, "capture_stage"), "graph": (build_module, "graph_bytes"),
+owner, name = {"capture": (stage_compiler, "capture_stage"), "graph": (stage_compiler, "graph_bytes"),
                "seal": (BundleWriter, "seal")}[moment]
 
 def wait(*_):

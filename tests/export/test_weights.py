@@ -192,7 +192,7 @@ def test_progress_counts_every_byte_and_can_stop(tmp_path: Path, tiny_checkpoint
     stages, resolved = resolve(tiny_checkpoint)
     seen: list[int] = []
     with unsealed(tmp_path / "b") as writer:
-        WeightPlacer(writer).place(stages["dit"], resolved["dit"], seen.append)
+        WeightPlacer(writer).place(stages["dit"], resolved["dit"], progress=seen.append)
     assert sum(seen) == sum(weight.nbytes for weight in resolved["dit"].values())
 
     class Enough(BaseException): ...
@@ -201,7 +201,7 @@ def test_progress_counts_every_byte_and_can_stop(tmp_path: Path, tiny_checkpoint
         raise Enough
 
     with pytest.raises(Enough), BundleWriter(tmp_path / "b") as writer:
-        WeightPlacer(writer).place(stages["dit"], resolved["dit"], stop)
+        WeightPlacer(writer).place(stages["dit"], resolved["dit"], progress=stop)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from reelforge.calibration.rules import SmoothingGroup, StageRules
+from reelforge.calibration.rules import Formats, SmoothingGroup, StageRules
 from reelforge.calibration.scale_file import Provenance, ScaleFile, ScaleKind, tensor_name
 from reelforge.export.checkpoint.open import open_checkpoint
 from reelforge.export.checkpoint.sources import Resolved, loaded
 from reelforge.export.family import FAMILIES
 from reelforge.export.models.hunyuan_video.spec_from_checkpoint import Numerics
-from reelforge.export.quantisation import Formats, StagePlan, plan_quantisation
+from reelforge.export.quantisation import StagePlan, plan_quantisation
 from reelforge.export.reference import run_stage
 from reelforge.export.stage import Stage
 from reelforge.export.weights import resolve_stages

@@ -12,7 +12,14 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from reelforge.runtime.bundle.write import BundleWriter
-from reelforge.runtime.manifest import Manifest, PromptTemplate, StageEntry, TensorInfo, WeightEntry
+from reelforge.runtime.manifest import (
+    SCHEMA_VERSION,
+    Manifest,
+    PromptTemplate,
+    StageEntry,
+    TensorInfo,
+    WeightEntry,
+)
 from reelforge.runtime.recipe import Backend, Precision, Recipe, Target, VideoShape
 from reelforge.runtime.spec import (
     ClipSpec,
@@ -257,5 +264,7 @@ def write_fake_bundle(
         byte_tokenizer("<a>", "<z>").save(str(writer.path("tokenizers/clip.json")))
         recipe = Recipe.uniform(Precision.FP32, stages, shapes, batch)
         return writer.seal(
-            Manifest(1, spec, Target(Backend.CPU), recipe, TEMPLATE, entries, (), {"reelforge": "test"}, "")
+            Manifest(
+                SCHEMA_VERSION, spec, Target(Backend.CPU), recipe, TEMPLATE, entries, (), {"reelforge": "test"}, ""
+            )
         )

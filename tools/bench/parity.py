@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline
 
-from reelforge.export.build import BuildRequest, build_bundle
+from reelforge.export.build import build_bundle
+from reelforge.export.build_request import BuildRequest
 from reelforge.export.models.hunyuan_video.spec_from_checkpoint import Numerics
 from reelforge.runtime.manifest import Manifest
 from reelforge.runtime.noise import gaussian_noise

@@ -16,10 +16,15 @@ from reelforge.runtime.spec import ModelSpec
 def quantisation_rules(spec: ModelSpec) -> Mapping[str, StageRules]:
     """Return the rules of every stage that can be quantised."""
     return {
-        "dit": StageRules(("double.*", "single.*"), _dit_groups(spec)),
+        "dit": StageRules(("double.*", "single.*"), _dit_groups(spec), _attentions(spec)),
         "llm": StageRules(("layers.*",), _llm_groups(spec)),
         "vae_decoder": StageRules(("decoder.mid_block.*", "decoder.up_blocks.*")),
     }
+
+
+def _attentions(spec: ModelSpec) -> tuple[str, ...]:
+    blocks = {"double": spec.dit.double_blocks, "single": spec.dit.single_blocks}
+    return tuple(f"{kind}.{index}.attention" for kind, count in blocks.items() for index in range(count))
 
 
 def _dit_groups(spec: ModelSpec) -> tuple[SmoothingGroup, ...]:

@@ -1,0 +1,98 @@
+"""What a build is asked for and whom it tells what it does, as data; nothing here does any work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from reelforge.calibration.scale_methods import DEFAULT_PERCENTILE, ScaleMethod
+from reelforge.export.models.hunyuan_video.spec_from_checkpoint import Numerics
+from reelforge.runtime.manifest import StageEntry
+from reelforge.runtime.quality import QualityThresholds
+from reelforge.runtime.recipe import EVERY_STAGE, Precision, Target, VideoShape
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """Where the scales of a quantised build come from, and how its result is judged.
+
+    Attributes:
+        scales: A scale file to use; None observes the model's own pipeline.
+        prompts: A file of prompts, one per line; None takes the built-in ones.
+        method: How an activation's scale is chosen.
+        percentile: For that method.
+        smoothing: Migration strength between 0 and 1; None does not smooth.
+        seed: Of the first prompt's noise.
+        steps: Sampling steps; None means the model's default.
+        shape: Of the videos; None means the model's default.
+        memory_bytes: What the weights of one observed piece of a stage may occupy.
+        thresholds: What the finished bundle must reach; None means the precisions' defaults.
+        gated: Whether the finished bundle is measured against its reference at all.
+    """
+
+    scales: Path | None = None
+    prompts: Path | None = None
+    method: ScaleMethod = ScaleMethod.MAX
+    percentile: float = DEFAULT_PERCENTILE
+    smoothing: float | None = None
+    seed: int = 0
+    steps: int | None = None
+    shape: VideoShape | None = None
+    memory_bytes: int = 8 << 30
+    thresholds: QualityThresholds | None = None
+    gated: bool = True
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What to build.
+
+    Attributes:
+        checkpoint: Folder in diffusers' or Tencent's layout.
+        output: The bundle's folder; it must not exist.
+        target: Backend.
+        precision: By stage, and for the model under ``"*"`` (see ``runtime.recipe.resolve_precisions``).
+        high_precision: Of what is not in 8 bits in a quantised stage.
+        kept: Layers that stay in high precision although their stage is quantised: stage -> patterns.
+        attention: Arithmetic of attention; None means the high precision.
+        shapes: Video shapes to serve; empty for any.
+        stages: Names of the stages to build; empty for all.
+        batch: Largest number of videos per call of ``dit``.
+        numerics: Which reference implementation's numbers to follow.
+        prompt_template: File that replaces the checkpoint's template.
+        verify: Whether to run each stage against its reference and store the difference.
+        calibration: For quantised stages.
+    """
+
+    checkpoint: Path
+    output: Path
+    target: Target
+    precision: Mapping[str, Precision] = field(default_factory=lambda: {EVERY_STAGE: Precision.FP32})
+    high_precision: Precision = Precision.FP32
+    kept: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    attention: Precision | None = None
+    shapes: tuple[VideoShape, ...] = ()
+    stages: tuple[str, ...] = ()
+    batch: int = 1
+    numerics: Numerics = Numerics.TENCENT
+    prompt_template: Path | None = None
+    verify: bool = False
+    calibration: CalibrationRequest = field(default_factory=CalibrationRequest)
+
+
+@dataclass
+class BuildEvents:
+    """Where a build tells what it does; every callable may be replaced, and none does anything by default.
+
+    Attributes:
+        weights: (stage, bytes of it done, bytes of it in all).
+        work: (what is being done, units done, units in all): calibration and the gate.
+        stage: A stage's entry, when its graph is written.
+        notice: Something that a person should know.
+    """
+
+    weights: Callable[[str, int, int], None] = lambda _stage, _done, _total: None
+    work: Callable[[str, int, int], None] = lambda _what, _done, _total: None
+    stage: Callable[[StageEntry], None] = lambda _entry: None
+    notice: Callable[[str], None] = lambda _text: None

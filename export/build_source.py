@@ -1,0 +1,168 @@
+"""BuildSource: an opened checkpoint and everything that is known before any weight is read."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from reelforge.export.build_request import BuildRequest
+from reelforge.export.checkpoint.component import Checkpoint
+from reelforge.export.checkpoint.open import open_checkpoint
+from reelforge.export.checkpoint.sources import Resolved
+from reelforge.export.family import FAMILIES, Family
+from reelforge.export.prompt_template import find_prompt_template
+from reelforge.export.stage import Stage
+from reelforge.export.tokenizers import tokenizer_json
+from reelforge.export.weights import resolve_stages
+from reelforge.runtime.bundle.write import BundleWriter
+from reelforge.runtime.errors import CheckpointError, RequestError
+from reelforge.runtime.manifest import SCHEMA_VERSION, Manifest, PromptTemplate, StageEntry
+from reelforge.runtime.quality import QualityReport
+from reelforge.runtime.recipe import Recipe, VideoShape, resolve_precisions
+from reelforge.runtime.spec import ModelSpec
+
+_LIBRARIES = ("reelforge", "torch", "onnx", "onnx-ir", "onnxscript", "transformers")
+
+
+@dataclass(frozen=True)
+class BuildSource:
+    """An opened checkpoint and all that is known of it before any weight is read.
+
+    Attributes:
+        request: What was asked for.
+        family: The model family.
+        spec: Its numbers.
+        stages: All of the family's stages.
+        resolved: stage -> parameter -> where it lies.
+        tokenizers: Role -> content of its file.
+        template: The text around a prompt.
+        layout: The checkpoint's layout.
+    """
+
+    request: BuildRequest
+    family: Family
+    spec: ModelSpec
+    stages: tuple[Stage, ...]
+    resolved: Mapping[str, Mapping[str, Resolved]]
+    tokenizers: Mapping[str, bytes]
+    template: PromptTemplate
+    layout: str
+
+    def write_tokenizers(self, writer: BundleWriter) -> None:
+        """Add the tokenizers to a bundle."""
+        for role, data in self.tokenizers.items():
+            writer.add_bytes(f"tokenizers/{role}.json", data)
+
+    def chosen_stages(self) -> tuple[Stage, ...]:
+        """Return the stages to build, in pipeline order."""
+        names = self.request.stages
+        return tuple(stage for stage in self.stages if not names or stage.name in names)
+
+    def recipe(self) -> Recipe:
+        """Return the recipe of the stages to build.
+
+        Raises:
+            RequestError: For a stage that the model does not have.
+        """
+        request = self.request
+        precision = resolve_precisions(request.precision, self.family.stage_names, self.family.quantised_by_default)
+        return Recipe(
+            {stage.name: precision[stage.name] for stage in self.chosen_stages()},
+            request.shapes,
+            request.batch,
+            request.high_precision,
+            {stage: tuple(sorted(patterns)) for stage, patterns in sorted(request.kept.items())},
+            request.attention,
+        )
+
+    def manifest(
+        self,
+        recipe: Recipe,
+        entries: tuple[StageEntry, ...],
+        provenance: Mapping[str, str] | None = None,
+        quality: QualityReport | None = None,
+    ) -> Manifest:
+        """Return the manifest of a bundle with these stages, before it is sealed."""
+        stated = {
+            "checkpoint_layout": self.layout,
+            "numerics": self.request.numerics.value,
+            "python": platform.python_version(),
+            **{name: version(name) for name in _LIBRARIES},
+            **(provenance or {}),
+        }
+        return Manifest(
+            SCHEMA_VERSION,
+            self.spec,
+            self.request.target,
+            recipe,
+            self.template,
+            entries,
+            files=(),
+            provenance=stated,
+            content_digest="",
+            quality=quality,
+        )
+
+
+def open_source(request: BuildRequest) -> BuildSource:
+    """Open the checkpoint and check the request against it; no weight is read.
+
+    Raises:
+        RequestError: For stages, shapes, precisions or layers that the model does not have.
+        CheckpointError: If the checkpoint is incomplete, damaged, or of another family.
+    """
+    checkpoint = open_checkpoint(request.checkpoint)
+    family = FAMILIES[checkpoint.family]
+    spec = family.spec(checkpoint, request.numerics)
+    stages = family.stages(spec, request.batch)
+    _check_request(request, family.stage_names, spec)
+    resolved = resolve_stages(checkpoint, family.key_maps[checkpoint.layout], spec, stages)
+    tokenizers = {role: tokenizer_json(_tokenizer(checkpoint, role), role) for role in ("llm", "clip")}
+    template = find_prompt_template(
+        checkpoint.path, request.prompt_template, Tokenizer.from_str(tokenizers["llm"].decode())
+    )
+    return BuildSource(request, family, spec, stages, resolved, tokenizers, template, checkpoint.layout.value)
+
+
+def _check_request(request: BuildRequest, stage_names: tuple[str, ...], spec: ModelSpec) -> None:
+    unknown = [name for name in (*request.stages, *request.kept) if name not in stage_names]
+    if unknown:
+        raise RequestError(
+            "the model has no such stages.",
+            received=", ".join(unknown),
+            expected=", ".join(stage_names),
+            fix="leave --stages out to build all of them",
+        )
+    for shape in request.shapes:
+        step, period = spec.pixel_multiple, spec.vae.temporal_compression
+        if shape.height % step or shape.width % step or shape.frames % period != 1:
+            raise RequestError(
+                f"the model has no videos of the shape {shape}.",
+                received=str(shape),
+                expected=f"height and width multiples of {step}, frames {period}k+1",
+                fix=f"use {_nearest(shape, step, period)}",
+            )
+
+
+def _nearest(shape: VideoShape, step: int, period: int) -> VideoShape:
+    return VideoShape(
+        -(-shape.height // step) * step,
+        -(-shape.width // step) * step,
+        -(-(shape.frames - 1) // period) * period + 1,
+    )
+
+
+def _tokenizer(checkpoint: Checkpoint, role: str) -> Path:
+    folder = checkpoint.tokenizers.get(role)
+    if folder is None:
+        raise CheckpointError(
+            f"the checkpoint {checkpoint.path} has no tokenizer for {role}.",
+            expected="a folder with tokenizer.json",
+            fix="download the tokenizer's folder next to the weights",
+        )
+    return folder

@@ -1,0 +1,223 @@
+"""The build of a bundle with 8-bit stages: reference, scales, codes, gate.
+
+A reference bundle in fp32 is built inside the unfinished bundle, where a build that is given up takes it along. It is
+what scales are calibrated on and what the result is measured against; stages that quantisation does not change are
+linked from it. With a scale file and without a gate there is nothing to refer to, and no reference is built.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from reelforge.calibration.fingerprint import HEAD_BYTES, StoredTensor, fingerprint
+from reelforge.calibration.gate import measure_quality, meets, require_quality
+from reelforge.calibration.prompts import DEFAULT_PROMPTS, read_prompts, split_prompts
+from reelforge.calibration.rules import Formats, SmoothingGroup
+from reelforge.calibration.scale_file import ScaleFile, read_scale_file, write_scale_file
+from reelforge.export.build_request import BuildEvents, CalibrationRequest
+from reelforge.export.build_source import BuildSource
+from reelforge.export.calibrate import CalibrationOptions, calibrate
+from reelforge.export.checkpoint.sources import Resolved
+from reelforge.export.quantisation import (
+    applicable_groups,
+    attention_formats,
+    plan_quantisation,
+    quantised_formats,
+    required_scales,
+)
+from reelforge.export.sensitivity import worst_layers
+from reelforge.export.stage import Stage
+from reelforge.export.stage_compiler import StageCompiler, link_stage
+from reelforge.runtime.bundle.open import Bundle, Check
+from reelforge.runtime.bundle.write import BundleWriter
+from reelforge.runtime.errors import RequestError
+from reelforge.runtime.manifest import Manifest, StageEntry
+from reelforge.runtime.pipeline import Pipeline
+from reelforge.runtime.quality import QualityThresholds
+from reelforge.runtime.recipe import Precision, Recipe
+
+SCALES_NAME = "scales.safetensors"
+_REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class QuantisedBuild:
+    """One build with 8-bit stages.
+
+    Attributes:
+        source: The checkpoint.
+        request: Where scales come from, and the gate.
+        compiler: Compiles stages.
+        events: Where to report.
+    """
+
+    source: BuildSource
+    request: CalibrationRequest
+    compiler: StageCompiler
+    events: BuildEvents
+
+    def run(self, chosen: Sequence[Stage], recipe: Recipe, writer: BundleWriter) -> Manifest:
+        """Write the bundle of ``chosen`` and return its manifest, not yet sealed.
+
+        Raises:
+            RequestError: If stages or layers cannot be quantised, or only some stages are built without a scale file.
+            CalibrationError: See :func:`reelforge.export.calibrate.calibrate` and ``calibration.scale_file``.
+            VerificationError: If the gate is not passed.
+        """
+        request = self.request
+        rules = self.source.family.quantisation(self.source.spec)
+        stages = {stage.name: stage for stage in self.source.stages}
+        formats = quantised_formats(recipe, rules, stages)
+        work = _Work(
+            recipe,
+            formats,
+            attention_formats(recipe, rules),
+            applicable_groups(rules, formats),
+            DEFAULT_PROMPTS if request.prompts is None else read_prompts(request.prompts),
+        )
+        self._require_all_stages(chosen)
+        scales = None if request.scales is None else self._read_scales(request.scales, work)
+        if scales is not None and not request.gated:
+            return self._write(chosen, work, scales, None, writer)
+        with self._reference(writer) as reference:
+            if scales is None:
+                scales = self._calibrate(reference, work, writer)
+            manifest = self._write(chosen, work, scales, reference, writer)
+            return self._gated(reference, manifest, work, scales, writer) if request.gated else manifest
+
+    def _require_all_stages(self, chosen: Sequence[Stage]) -> None:
+        if len(chosen) == len(self.source.stages) or (self.request.scales is not None and not self.request.gated):
+            return
+        raise RequestError(
+            "only some stages are to be built in 8 bits.",
+            received=", ".join(stage.name for stage in chosen),
+            expected="all stages, whose pipeline is run to calibrate and to measure the result",
+            fix="leave --stages out, or give --scales FILE and --no-gate",
+        )
+
+    @contextmanager
+    def _reference(self, writer: BundleWriter) -> Iterator[Bundle]:
+        """Build the fp32 bundle, and remove it when it is not needed any more."""
+        folder = writer.folder / _REFERENCE
+        recipe = Recipe.uniform(Precision.FP32, [stage.name for stage in self.source.stages])
+        with BundleWriter(folder) as reference_writer:
+            self.source.write_tokenizers(reference_writer)
+            quiet = replace(self.compiler, events=replace(self.events, stage=BuildEvents().stage))
+            entries = quiet.compile(self.source.stages, recipe, {}, reference_writer)
+            reference_writer.seal(self.source.manifest(recipe, entries))
+        try:
+            yield Bundle.open(folder, Check.SIZES)
+        finally:
+            shutil.rmtree(folder)
+
+    def _read_scales(self, path: Path, work: _Work) -> ScaleFile:
+        tensors = (
+            StoredTensor(stage, name, weight.dtype, tuple(weight.shape), _head(weight))
+            for stage, weights in self.source.resolved.items()
+            for name, weight in weights.items()
+        )
+        return read_scale_file(path, fingerprint(tensors), required_scales(work.formats, work.attentions))
+
+    def _calibrate(self, reference: Bundle, work: _Work, writer: BundleWriter) -> ScaleFile:
+        request = self.request
+        state = writer.destination.with_name(f"{writer.destination.name}.calibration")
+        options = CalibrationOptions(
+            prompts=split_prompts(work.prompts)[0],
+            method=request.method,
+            percentile=request.percentile,
+            smoothing=request.smoothing,
+            seed=request.seed,
+            steps=request.steps,
+            shape=request.shape,
+            state=state,
+            memory_bytes=request.memory_bytes,
+        )
+
+        def on_progress(stage: str, done: int, total: int) -> None:
+            self.events.work(f"observing {stage}", done, total)
+
+        provenance, tensors = calibrate(reference, work.formats, work.groups, options, on_progress, work.attentions)
+        path = writer.path(SCALES_NAME)
+        write_scale_file(path, provenance, tensors)
+        shutil.rmtree(state)
+        return read_scale_file(path)
+
+    def _write(
+        self,
+        chosen: Sequence[Stage],
+        work: _Work,
+        scales: ScaleFile,
+        reference: Bundle | None,
+        writer: BundleWriter,
+    ) -> Manifest:
+        """Compile what the recipe changes, and take everything else from the reference."""
+        stages = {stage.name: stage for stage in self.source.stages}
+        plans = plan_quantisation(work.formats, work.attentions, work.groups, scales, stages)
+        if scales.path.parent != writer.folder:
+            writer.add_file(scales.path, SCALES_NAME)
+        precision = work.recipe.precision
+        entries: dict[str, StageEntry] = {}
+        for stage in chosen:
+            if reference is not None and stage.name not in plans and precision[stage.name] is Precision.FP32:
+                entries[stage.name] = link_stage(reference.stage(stage.name), reference.path, writer)
+                self.events.stage(entries[stage.name])
+        changed = [stage for stage in chosen if stage.name not in entries]
+        compiled = self.compiler.compile(changed, work.recipe, plans, writer)
+        entries.update({entry.name: entry for entry in compiled})
+        about = scales.provenance
+        provenance = {
+            "calibration": f"{about.format} by {about.method}, {about.sampling}, seed {about.seed}",
+            "calibration_prompts": about.prompts_sha256,
+        }
+        return self.source.manifest(work.recipe, tuple(entries[stage.name] for stage in chosen), provenance)
+
+    def _gated(
+        self, reference: Bundle, manifest: Manifest, work: _Work, scales: ScaleFile, writer: BundleWriter
+    ) -> Manifest:
+        """Measure the bundle against its reference, and refuse it if it is not good enough."""
+        request = self.request
+        thresholds = request.thresholds or QualityThresholds.for_precisions(work.words())
+        calibration, held_out = split_prompts(work.prompts)
+        # Files are listed when a bundle is sealed; until then the tokenizers are found as the reference's.
+        unsealed = Bundle(writer.folder, replace(manifest, files=reference.manifest.files))
+        report = measure_quality(
+            Pipeline(reference),
+            Pipeline(unsealed),
+            held_out,
+            request.seed + len(calibration),
+            request.steps,
+            request.shape,
+            lambda progress: self.events.work(progress.phase, progress.done, progress.total),
+        )
+        if not meets(report, thresholds):
+            prompt, seed = held_out[:1], request.seed + len(calibration)
+            worst = worst_layers(Pipeline(reference), scales, work.formats, prompt, seed, request.steps, request.shape)
+            require_quality(report, thresholds, worst)
+        return replace(manifest, quality=report)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the recipe means for this model."""
+
+    recipe: Recipe
+    formats: Formats
+    attentions: Formats
+    groups: tuple[SmoothingGroup, ...]
+    prompts: tuple[str, ...]
+
+    def words(self) -> list[str]:
+        """The 8-bit precisions in use, as the command line calls them."""
+        used = {self.recipe.precision[stage] for stage in self.formats}
+        return [precision.value for precision in Precision if precision in used or precision is self.recipe.attention]
+
+
+def _head(weight: Resolved) -> bytes:
+    """The first bytes of a weight, as few as a fingerprint looks at."""
+    for piece in weight.pieces(HEAD_BYTES):
+        return piece[:HEAD_BYTES].tobytes()
+    return b""

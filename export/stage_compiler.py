@@ -1,0 +1,184 @@
+"""StageCompiler: places weights in threads while parts are traced, then assembles, lowers, checks and writes graphs.
+
+One compiler serves a whole build: what it has traced for a reference bundle, the final one needs not trace again. It
+knows no model, and not where recipes and plans come from.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import onnx_ir as ir
+
+from reelforge.export.assemble import EIGHT_BIT_DTYPES, STORED_DTYPES, assemble_stage, capture_stage
+from reelforge.export.build_request import BuildEvents
+from reelforge.export.capture import Trace
+from reelforge.export.checkpoint.sources import Resolved
+from reelforge.export.graph_file import check_graph, count_nodes, graph_bytes, graph_digest
+from reelforge.export.lower import EightBit, lower
+from reelforge.export.passes.quantise_layers import QuantisedLayer
+from reelforge.export.quantisation import StagePlan
+from reelforge.export.stage import Stage
+from reelforge.export.weights import WeightPlacer, converted_bytes
+from reelforge.runtime.bundle.write import BundleWriter
+from reelforge.runtime.manifest import StageEntry, WeightEntry
+from reelforge.runtime.recipe import Precision, Recipe, Target
+
+
+class _Abandoned(BaseException):
+    """Raised in the weights' thread when the build has already failed elsewhere."""
+
+
+@dataclass
+class StageCompiler:
+    """Compiles stages of one checkpoint for one target.
+
+    Attributes:
+        target: What will execute the graphs.
+        resolved: stage -> parameter -> where it lies in the checkpoint.
+        events: Where to report.
+    """
+
+    target: Target
+    resolved: Mapping[str, Mapping[str, Resolved]]
+    events: BuildEvents
+    _traces: dict[tuple[str, Precision], tuple[Trace, ...]] = field(default_factory=dict)
+
+    def compile(
+        self, stages: Sequence[Stage], recipe: Recipe, plans: Mapping[str, StagePlan], writer: BundleWriter
+    ) -> tuple[StageEntry, ...]:
+        """Write graphs and weights of ``stages`` into a bundle and return their entries.
+
+        Args:
+            stages: What to compile, in pipeline order.
+            recipe: Gives each stage's precision.
+            plans: What quantisation changes, by stage.
+            writer: The bundle.
+
+        Raises:
+            CheckpointError: If a file ends before its tensor does.
+            CalibrationError: If a weight cannot be quantised.
+            BuildError: If the disk is full, or a graph is not valid.
+        """
+        placer = WeightPlacer(writer)
+        failed = threading.Event()
+
+        def place(stage: Stage) -> dict[str, WeightEntry]:
+            total = sum(weight.nbytes for weight in self.resolved[stage.name].values())
+            done = 0
+
+            def progress(count: int) -> None:
+                nonlocal done
+                if failed.is_set():
+                    raise _Abandoned
+                done += count
+                self.events.weights(stage.name, min(done, total), total)
+
+            return placer.place(stage, self.resolved[stage.name], plans.get(stage.name), progress)
+
+        # Stages with the most to convert come first, so that their files reach the disk while others are still read.
+        by_conversion = sorted(stages, key=lambda stage: -converted_bytes(self.resolved[stage.name]))
+        with _frequent_switches(), ThreadPoolExecutor(2) as pool:
+            try:
+                placed = {stage.name: pool.submit(place, stage) for stage in by_conversion}
+                for stage in stages:
+                    self._trace(stage, recipe.base(stage.name))
+                entries = []
+                for stage in stages:
+                    entries.append(self._finish(stage, recipe, plans, placed[stage.name].result(), writer))
+                    self.events.stage(entries[-1])
+            except BaseException:
+                failed.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+        for name in sorted(placer.copied):
+            self.events.notice(
+                f"{name} was copied: the checkpoint lies on another file system, which hard links cannot cross."
+            )
+        for name, count in sorted(placer.non_finite.items()):
+            self.events.notice(f"warning: the weight {name} holds {count} NaN or infinite elements.")
+        return tuple(entries)
+
+    def _trace(self, stage: Stage, precision: Precision) -> tuple[Trace, ...]:
+        key = (stage.name, precision)
+        if key not in self._traces:
+            self._traces[key] = capture_stage(stage, precision)
+        return self._traces[key]
+
+    def _finish(
+        self,
+        stage: Stage,
+        recipe: Recipe,
+        plans: Mapping[str, StagePlan],
+        weights: dict[str, WeightEntry],
+        writer: BundleWriter,
+    ) -> StageEntry:
+        precision = recipe.precision[stage.name]
+        base = recipe.base(stage.name)
+        model = assemble_stage(stage, self._trace(stage, base), base, weights)
+        plan = plans.get(stage.name, StagePlan())
+        layers = {layer: _quantised(layer, plan, weights) for layer in plan.layers}
+        lower(model, self.target, EightBit(layers, plan.attentions))
+        data = graph_bytes(model)
+        name = f"{stage.name}.onnx"
+        check_graph(data, name)
+        writer.add_bytes(name, data)
+        return StageEntry(
+            name=stage.name,
+            graph=name,
+            graph_digest=graph_digest(data, weights),
+            inputs=stage.tensor_infos(stage.inputs),
+            outputs=stage.tensor_infos(stage.outputs),
+            weights=tuple(weights.values()),
+            tolerance=None if plan.layers or plan.attentions else stage.tolerance[precision.value],
+            parity=None,
+            nodes=count_nodes(model),
+        )
+
+
+def link_stage(entry: StageEntry, folder: Path, writer: BundleWriter) -> StageEntry:
+    """Bring a finished stage of the bundle in ``folder`` into another one, unchanged.
+
+    Args:
+        entry: The stage in the other bundle.
+        folder: That bundle's folder, on the same file system.
+        writer: The new bundle.
+    """
+    writer.add_bytes(entry.graph, (folder / entry.graph).read_bytes())
+    for file in sorted({weight.file for weight in entry.weights}):
+        if not (writer.folder / file).exists():
+            writer.link_weight_file(folder / file, file)
+    return entry
+
+
+def _quantised(layer: str, plan: StagePlan, weights: Mapping[str, WeightEntry]) -> QuantisedLayer:
+    codes = weights[f"{layer}.weight"]
+    return QuantisedLayer(
+        _external(codes), _external(weights[f"{codes.name}.scale"]), plan.layers[layer].activation_scale
+    )
+
+
+def _external(entry: WeightEntry) -> ir.ExternalTensor:
+    dtype = {**STORED_DTYPES, **EIGHT_BIT_DTYPES}[entry.dtype]
+    shape = ir.Shape(entry.shape)
+    return ir.ExternalTensor(entry.file, entry.offset, entry.length, dtype, shape=shape, name=entry.name)
+
+
+@contextmanager
+def _frequent_switches() -> Iterator[None]:
+    """Let threads that read weights have the interpreter soon, though tracing never gives it up by itself.
+
+    At the default of 5 ms a thread waits ten times longer for each piece of a file than it then works on it.
+    """
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(0.0003)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)

@@ -1,0 +1,97 @@
+"""What ``build-engine`` shows: bars while it works, and tables about what it built."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from reelforge.runtime.quality import QualityReport
+from reelforge.tools import console
+
+if TYPE_CHECKING:
+    from reelforge.export.build_request import BuildEvents
+    from reelforge.runtime.manifest import Manifest, StageEntry
+
+
+@contextmanager
+def shown(hidden: bool, on_stage: Callable[[StageEntry], None]) -> Iterator[BuildEvents]:
+    """Show bars for weights, calibration and measuring, and a line per finished stage, on stderr."""
+    from reelforge.export.build_request import BuildEvents
+
+    terminal = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description:>22}"),
+        BarColumn(),
+        TextColumn("{task.fields[amount]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=terminal, disable=hidden, transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def update(name: str, done: int, total: int, amount: str) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total, amount="")
+            bars.update(tasks[name], completed=done, total=total, amount=amount)
+
+        def weights(stage: str, done: int, total: int) -> None:
+            amount = f"{console.format_bytes(done)} of {console.format_bytes(total)}"
+            update(f"{stage} weights", done, total, amount)
+
+        def work(what: str, done: int, total: int) -> None:
+            update(what, done, total, f"{done} of {total}")
+
+        def stage_done(entry: StageEntry) -> None:
+            on_stage(entry)
+            if not hidden:
+                nodes = ", ".join(f"{count} {operator}" for operator, count in list(entry.nodes.items())[:4])
+                total = sum(entry.nodes.values())
+                size = console.format_bytes(sum(weight.length for weight in entry.weights))
+                terminal.print(f"[bold]{entry.name:>12}[/bold]  {size:>10} weights  {total} nodes ({nodes}, ...)")
+
+        yield BuildEvents(weights=weights, work=work, stage=stage_done, notice=console.print_notice)
+
+
+def node_table(manifest: Manifest) -> Table:
+    """Operators by stage, the most frequent first."""
+    table = Table(title="nodes by type")
+    table.add_column("operator")
+    totals: dict[str, int] = {}
+    for entry in manifest.stages:
+        table.add_column(entry.name, justify="right")
+        for operator, count in entry.nodes.items():
+            totals[operator] = totals.get(operator, 0) + count
+    for operator in sorted(totals, key=lambda name: (-totals[name], name)):
+        table.add_row(operator, *(str(entry.nodes.get(operator, "")) for entry in manifest.stages))
+    return table
+
+
+def quality_table(quality: QualityReport) -> Table:
+    """What quantisation costs, as the build's gate measured it."""
+    table = Table(
+        title=f"against fp32: {len(quality.prompts)} held-out prompts of {quality.shape}, {quality.steps} steps"
+    )
+    for heading in ("measure", "median", "worst"):
+        table.add_column(heading, justify="left" if heading == "measure" else "right")
+    table.add_row("video PSNR", _decibels(quality.psnr_median_db), _decibels(quality.psnr_worst_db))
+    table.add_row("video SSIM", f"{quality.ssim_median:.4f}", f"{quality.ssim_worst:.4f}")
+    table.add_row("velocity cosine, worst prompt of a step", *_middle_and_worst(quality.velocity_cosine, min))
+    table.add_row("latent drift, worst prompt of a step", *_middle_and_worst(quality.latent_drift, max))
+    for name, stage in quality.stages.items():
+        table.add_row(f"{name}: cosine", f"{stage.cosine_median:.5f}", f"{stage.cosine_min:.5f}")
+        errors = (stage.relative_error_median, stage.relative_error_max)
+        table.add_row(f"{name}: relative error", *(f"{error:.4f}" for error in errors))
+    return table
+
+
+def _middle_and_worst(values: tuple[float, ...], worst: Callable[[tuple[float, ...]], float]) -> tuple[str, str]:
+    return f"{sorted(values)[len(values) // 2]:.5f}", f"{worst(values):.5f}"
+
+
+def _decibels(value: float) -> str:
+    return "equal" if math.isinf(value) else f"{value:.2f} dB"
