@@ -62,7 +62,8 @@ class CalibrationState:
         Raises:
             CalibrationError: If it cannot be written.
         """
-        self._write(_PROGRESS, lambda file: np.savez(file, **{_DONE: np.array(done), **arrays}))
+        content: dict[str, Any] = {_DONE: np.array(done), **arrays}
+        self._write(_PROGRESS, lambda file: np.savez(file, **content))
 
     def load(self) -> tuple[int, dict[str, NDArray[Any]]]:
         """Return what was saved last: units done and arrays; 0 and nothing in a new folder.

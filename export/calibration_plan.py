@@ -12,14 +12,18 @@ import numpy as np
 import onnx_ir as ir
 
 from reelforge.calibration.errors import CalibrationError
+from reelforge.calibration.number_formats import NumberFormat
 from reelforge.calibration.observe import FloatArray, ObservedTensor
-from reelforge.calibration.rules import Formats, SmoothingGroup
+from reelforge.calibration.rules import SmoothingGroup
 from reelforge.calibration.scale_file import ScaleKind
 from reelforge.calibration.smoothing import migration_factors
 from reelforge.calibration.weight_maxima import stored_channel_maxima
 from reelforge.export.cut import infer_types
 from reelforge.export.observed import ObservedValue, observed_values, smoothed_attentions
 from reelforge.runtime.bundle.open import Bundle
+
+Formats = Mapping[str, Mapping[str, NumberFormat]]
+"""Stage -> layer (or attention) -> the 8-bit format that it gets."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,8 @@ def plan_calibration(
     planned: list[PlannedGroup] = []
     for stage in dict.fromkeys([*formats, *attention]):
         layers, attentions = formats.get(stage, {}), attention.get(stage, {})
-        graph = infer_types(ir.load(bundle.graph(stage))).graph
+        model = ir.load(bundle.graph(stage))
+        graph = (infer_types(model) if attentions else model).graph  # an attention's operands need a shape
         values = observed_values(graph, stage, layers, attentions)
         if values:
             observed[stage] = values

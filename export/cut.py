@@ -110,6 +110,11 @@ def timeline(graph: ir.Graph, wanted: Sequence[ir.Value]) -> Timeline:
     return Timeline(graph, tuple(dict.fromkeys(wanted)), nodes, frozenset(constant), made, last_use)
 
 
+def fits(line: Timeline, limits: Limits) -> bool:
+    """Whether the whole graph keeps to ``limits``, so that nothing has to be cut."""
+    return len(_fill(line, 0, limits)) == len(line.nodes)
+
+
 def find_places(line: Timeline, limits: Limits) -> list[int]:
     """Return the places, in order, at which to cut so that every segment keeps to ``limits``.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from reelforge.export.cut import Limits, find_places, infer_types, segments, timeline
+from reelforge.export.cut import Limits, Timeline, find_places, fits, infer_types, segments, timeline
 from reelforge.export.graph_file import graph_bytes
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.engines.engine import Array, Engine, EngineOptions
@@ -40,7 +40,7 @@ class SegmentedStage:
         bundle: Where the stage is.
         stage: Its name.
         outputs: Which of its outputs are wanted; what only leads to others is not run.
-        observed: Names of values that are shown to ``on_value`` when they are computed.
+        observed: Names of values that are shown to ``on_value``, those of one segment in this order.
         memory_bytes: What the loaded weights may take, with every float as fp32.
         bytes_of: How large an observed value is.
         options: How engines run.
@@ -62,19 +62,24 @@ class SegmentedStage:
         options: EngineOptions | None = None,
         load: LoadEngine = engine_from_bytes,
     ) -> None:
-        self.stage, self.outputs, self.observed = stage, tuple(outputs), frozenset(observed)
+        self.stage, self.outputs, self.observed = stage, tuple(outputs), dict.fromkeys(observed)
         self._bundle, self._options, self._load = bundle, options or EngineOptions(), load
-        model = infer_types(ir.load(bundle.graph(stage)))
-        values = ir.convenience.create_value_mapping(model.graph)
-        wanted = [values[name] for name in dict.fromkeys((*outputs, *observed))]
-        line = timeline(model.graph, [value for value in wanted if value.producer() is not None])
         limits = Limits(memory_bytes, max(1, memory_bytes // _OBSERVED_SHARE), bytes_of)
+        model = ir.load(bundle.graph(stage))
+        line = self._timeline(model)
+        if not fits(line, limits) or any(value.type is None or value.shape is None for value in line.wanted):
+            line = self._timeline(infer_types(model))
         graphs = list(segments(line, find_places(line, limits)))
         self.parts = len(graphs)
         self.resident = line.weight_bytes() <= memory_bytes
         self._segments = [_Segment(model, graph, f"{stage} part {k + 1}") for k, graph in enumerate(graphs)]
         self._given = [info.name for info in bundle.stage(stage).inputs if info.name in self.observed]
         self._engines: dict[int, Engine] = {}
+
+    def _timeline(self, model: ir.Model) -> Timeline:
+        values = ir.convenience.create_value_mapping(model.graph)
+        wanted = [values[name] for name in (*self.outputs, *self.observed)]
+        return timeline(model.graph, [value for value in wanted if value.producer() is not None])
 
     def run(
         self,
