@@ -15,7 +15,7 @@ import pytest
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.engines import onnxruntime_engine
 from reelforge.runtime.engines.engine import EngineOptions
-from reelforge.runtime.engines.onnxruntime_engine import OnnxRuntimeEngine, engine_from_onnx
+from reelforge.runtime.engines.onnxruntime_engine import OnnxRuntimeEngine, engine_from_bytes, engine_from_onnx
 from reelforge.runtime.errors import EngineError
 from reelforge.runtime.manifest import StageEntry
 from tests.runtime.fake_bundle import CHANNELS, SPEC, WIDTH, constant
@@ -98,6 +98,18 @@ def test_external_weights_and_integer_inputs(bundle: Bundle) -> None:
     llm = engine_from_onnx(bundle.graph("llm"), bundle.stage("llm"))
     states = llm.run({"input_ids": np.array([[3, 7]], np.int64)})["prompt_states"]
     np.testing.assert_array_equal(states[0], constant("llm", 300, 6)[[3, 7]])
+
+
+def test_a_graph_in_memory_finds_its_weights_in_the_folder(bundle: Bundle, tmp_path: Path) -> None:
+    graph, entry = bundle.graph("llm").read_bytes(), bundle.stage("llm")
+    llm = engine_from_bytes(graph, bundle.path, entry)
+    states = llm.run({"input_ids": np.array([[3, 7]], np.int64)})["prompt_states"]
+    np.testing.assert_array_equal(states[0], constant("llm", 300, 6)[[3, 7]])
+    with pytest.raises(EngineError, match="ONNX Runtime refuses a graph made from stage 'llm'") as caught:
+        engine_from_bytes(graph, tmp_path, entry)
+    assert "received:" in str(caught.value)
+    with pytest.raises(EngineError, match="has other inputs than its manifest states"):
+        engine_from_bytes(graph, bundle.path, replace(entry, inputs=()))
 
 
 @pytest.mark.parametrize(
