@@ -9,7 +9,6 @@ from pathlib import Path
 from reelforge.calibration.scale_methods import DEFAULT_PERCENTILE, ScaleMethod
 from reelforge.export.models.hunyuan_video.spec_from_checkpoint import Numerics
 from reelforge.runtime.manifest import StageEntry
-from reelforge.runtime.quality import QualityThresholds
 from reelforge.runtime.recipe import EVERY_STAGE, Precision, Target, VideoShape
 
 
@@ -27,7 +26,8 @@ class CalibrationRequest:
         steps: Sampling steps; None means the model's default.
         shape: Of the videos; None means the model's default.
         memory_bytes: What the weights of one observed piece of a stage may occupy.
-        thresholds: What the finished bundle must reach; None means the precisions' defaults.
+        min_psnr_db: Median PSNR that the finished bundle's videos must reach; None means the precisions' default.
+        min_cosine: What the cosine of every step's velocity must reach.
         gated: Whether the finished bundle is measured against its reference at all.
     """
 
@@ -40,7 +40,8 @@ class CalibrationRequest:
     steps: int | None = None
     shape: VideoShape | None = None
     memory_bytes: int = 8 << 30
-    thresholds: QualityThresholds | None = None
+    min_psnr_db: float | None = None
+    min_cosine: float = 0.0
     gated: bool = True
 
 

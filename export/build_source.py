@@ -67,11 +67,11 @@ class BuildSource:
         """Return the recipe of the stages to build.
 
         Raises:
-            RequestError: For a stage that the model does not have.
+            RequestError: For a stage that the model does not have, or layers kept in one that is not in 8 bits.
         """
         request = self.request
         precision = resolve_precisions(request.precision, self.family.stage_names, self.family.quantised_by_default)
-        return Recipe(
+        recipe = Recipe(
             {stage.name: precision[stage.name] for stage in self.chosen_stages()},
             request.shapes,
             request.batch,
@@ -79,6 +79,16 @@ class BuildSource:
             {stage: tuple(sorted(patterns)) for stage, patterns in sorted(request.kept.items())},
             request.attention,
         )
+        idle = sorted(set(recipe.kept) - set(recipe.quantised_stages()))
+        if idle:
+            raise RequestError(
+                "layers are kept in high precision in stages that are not in 8 bits.",
+                received=", ".join(f"{stage}={pattern}" for stage in idle for pattern in recipe.kept[stage]),
+                expected="stages among "
+                + (", ".join(recipe.quantised_stages()) or "those with --precision int8 or fp8"),
+                fix=f"add --precision {idle[0]}=int8, or leave the pattern out",
+            )
+        return recipe
 
     def manifest(
         self,

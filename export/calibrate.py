@@ -30,7 +30,7 @@ from reelforge.calibration.scale_file import Provenance, ScaleKind, format_text,
 from reelforge.calibration.scale_methods import DEFAULT_PERCENTILE, ScaleMethod, activation_scale
 from reelforge.calibration.state import CalibrationState
 from reelforge.calibration.statistics import TensorStatistics
-from reelforge.export.calibration_plan import CalibrationPlan, plan_calibration
+from reelforge.export.calibration_plan import CalibrationPlan, format_names, plan_calibration
 from reelforge.export.lockstep import TEXT_STAGES, Lockstep, OnProgress
 from reelforge.export.observed import ObservedValue
 from reelforge.runtime.bundle.open import Bundle
@@ -40,7 +40,6 @@ from reelforge.runtime.pipeline import FloatArray, Pipeline
 from reelforge.runtime.recipe import VideoShape
 from reelforge.runtime.request import Request, ResolvedRequest
 
-ATTENTION_SUFFIX = ".attention"
 _LATENTS = "latents"
 _TEXT, _DECODE = -1, -2  # units of work beside the steps, which are numbered from 0
 
@@ -196,16 +195,13 @@ def provenance(
         method += f" {options.percentile:g}"
     if options.smoothing is not None:
         method += f" + smoothing {options.smoothing:g}"
-    names = {stage: [item.name for item in layers.values()] for stage, layers in formats.items() if layers}
-    for stage, nodes in (attention or {}).items():
-        names[stage + ATTENTION_SUFFIX] = [item.name for item in nodes.values()]
     first = Pipeline(bundle).resolve(_request(options.prompts[0], options.seed, options))
     return Provenance(
         checkpoint=bundle_fingerprint(bundle),
         prompts_sha256=prompts_sha256(options.prompts),
         seed=options.seed,
         method=method,
-        format=format_text(names),
+        format=format_text(format_names(formats, attention or {})),
         versions=_versions(),
         sampling=f"{len(options.prompts)} prompts, {first.steps} steps of {first.shape}",
     )

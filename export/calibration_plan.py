@@ -25,6 +25,8 @@ from reelforge.runtime.bundle.open import Bundle
 Formats = Mapping[str, Mapping[str, NumberFormat]]
 """Stage -> layer (or attention) -> the 8-bit format that it gets."""
 
+ATTENTION_SUFFIX = ".attention"
+
 
 @dataclass(frozen=True)
 class PlannedGroup:
@@ -52,6 +54,14 @@ class PlannedGroup:
         weights = [stored_channel_maxima(bundle.path, stored[f"{layer}.weight"]) for layer in self.group.layers]
         observed = [maxima[name] for name in self.inputs]
         return migration_factors(np.max(observed, axis=0), np.max(weights, axis=0), alpha)
+
+
+def format_names(formats: Formats, attention: Formats) -> dict[str, list[str]]:
+    """Return the names of the number formats in use by stage, as a scale file states them."""
+    names = {stage: [item.name for item in layers.values()] for stage, layers in formats.items() if layers}
+    for stage, nodes in attention.items():
+        names[stage + ATTENTION_SUFFIX] = [item.name for item in nodes.values()]
+    return names
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,14 @@ NUMBER_FORMATS: Mapping[Precision, NumberFormat] = {Precision.INT8: INT8, Precis
 
 @dataclass
 class RowAffine:
-    """``row * multiplier + offset`` for every row of a parameter; fp64 ``[rows]`` each."""
+    """``row * multiplier + offset`` for every row of a parameter, its columns multiplied by ``columns`` before.
+
+    ``multiplier`` and ``offset`` are fp64 ``[rows]``, ``columns`` is fp64 ``[columns]`` or None.
+    """
 
     multiplier: NDArray[np.float64]
     offset: NDArray[np.float64]
+    columns: NDArray[np.float64] | None = None
 
     @classmethod
     def identity(cls, rows: int) -> RowAffine:
@@ -68,6 +72,13 @@ def quantised_formats(recipe: Recipe, rules: Mapping[str, StageRules], stages: M
         RequestError: If a stage cannot be quantised, or a pattern of ``recipe.kept`` fits no layer.
     """
     formats: dict[str, dict[str, NumberFormat]] = {}
+    if recipe.high_precision is not Precision.FP32:
+        raise RequestError(
+            "8-bit layers beside others in half precision are not supported.",
+            received=recipe.high_precision.value,
+            expected="fp32 for what is not in 8 bits",
+            fix="leave the high precision at fp32",
+        )
     for name in recipe.quantised_stages():
         if name not in rules:
             raise RequestError(
@@ -153,7 +164,7 @@ def plan_quantisation(
     Args:
         formats: From :func:`quantised_formats`.
         attentions: From :func:`attention_formats`.
-        groups: From :func:`applicable_groups`; those without factors in the scale file are left alone.
+        groups: All that the quantised stages have; those without factors in the scale file are left alone.
         scales: The activations' scales and the smoothing factors.
         stages: All stages of the model, by name.
 
@@ -167,8 +178,15 @@ def plan_quantisation(
         if tensor_name(group.stage, group.layers[0], ScaleKind.SMOOTHING) not in scales.tensors:
             continue
         for layer in group.layers:
-            columns[group.stage, layer] = scales.get(group.stage, layer, ScaleKind.SMOOTHING)
-        factors = columns[group.stage, group.layers[0]]
+            factors = scales.get(group.stage, layer, ScaleKind.SMOOTHING)
+            if layer in formats.get(group.stage, {}):
+                columns[group.stage, layer] = factors
+                continue
+            # A layer in high precision reads the smoothed input, too, if its neighbours are in 8 bits.
+            shapes = stages[group.stage].parameter_shapes()
+            affine = folded.setdefault(group.stage, {})
+            name = f"{layer}.weight"
+            affine.setdefault(name, RowAffine.identity(shapes[name][0])).columns = factors.astype(np.float64)
         for fold in group.folds:
             shapes = stages[fold.stage].parameter_shapes()
             affine = folded.setdefault(fold.stage, {})

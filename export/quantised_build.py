@@ -21,6 +21,7 @@ from reelforge.calibration.scale_file import ScaleFile, read_scale_file, write_s
 from reelforge.export.build_request import BuildEvents, CalibrationRequest
 from reelforge.export.build_source import BuildSource
 from reelforge.export.calibrate import CalibrationOptions, calibrate
+from reelforge.export.calibration_plan import format_names
 from reelforge.export.checkpoint.sources import Resolved
 from reelforge.export.quantisation import (
     applicable_groups,
@@ -80,6 +81,13 @@ class QuantisedBuild:
             DEFAULT_PROMPTS if request.prompts is None else read_prompts(request.prompts),
         )
         self._require_all_stages(chosen)
+        if request.scales is not None and request.smoothing is not None:
+            raise RequestError(
+                "smoothing is asked for together with a scale file.",
+                received=f"--smoothing {request.smoothing:g} and --scales {request.scales}",
+                expected="one of them: a scale file holds the smoothing that it was calibrated with",
+                fix="leave --smoothing out, or calibrate again with it",
+            )
         scales = None if request.scales is None else self._read_scales(request.scales, work)
         if scales is not None and not request.gated:
             return self._write(chosen, work, scales, None, writer)
@@ -120,7 +128,9 @@ class QuantisedBuild:
             for stage, weights in self.source.resolved.items()
             for name, weight in weights.items()
         )
-        return read_scale_file(path, fingerprint(tensors), required_scales(work.formats, work.attentions))
+        required = required_scales(work.formats, work.attentions)
+        names = format_names(work.formats, work.attentions)
+        return read_scale_file(path, fingerprint(tensors), required, names)
 
     def _calibrate(self, reference: Bundle, work: _Work, writer: BundleWriter) -> ScaleFile:
         request = self.request
@@ -156,7 +166,9 @@ class QuantisedBuild:
     ) -> Manifest:
         """Compile what the recipe changes, and take everything else from the reference."""
         stages = {stage.name: stage for stage in self.source.stages}
-        plans = plan_quantisation(work.formats, work.attentions, work.groups, scales, stages)
+        rules = self.source.family.quantisation(self.source.spec)
+        groups = tuple(group for stage in work.formats for group in rules[stage].groups)
+        plans = plan_quantisation(work.formats, work.attentions, groups, scales, stages)
         if scales.path.parent != writer.folder:
             writer.add_file(scales.path, SCALES_NAME)
         precision = work.recipe.precision
@@ -180,7 +192,9 @@ class QuantisedBuild:
     ) -> Manifest:
         """Measure the bundle against its reference, and refuse it if it is not good enough."""
         request = self.request
-        thresholds = request.thresholds or QualityThresholds.for_precisions(work.words())
+        usual = QualityThresholds.for_precisions(work.words())
+        least = usual.psnr_db if request.min_psnr_db is None else request.min_psnr_db
+        thresholds = QualityThresholds(least, request.min_cosine)
         calibration, held_out = split_prompts(work.prompts)
         # Files are listed when a bundle is sealed; until then the tokenizers are found as the reference's.
         unsealed = Bundle(writer.folder, replace(manifest, files=reference.manifest.files))
@@ -217,7 +231,10 @@ class _Work:
 
 
 def _head(weight: Resolved) -> bytes:
-    """The first bytes of a weight, as few as a fingerprint looks at."""
-    for piece in weight.pieces(HEAD_BYTES):
-        return piece[:HEAD_BYTES].tobytes()
-    return b""
+    """The first bytes of a weight, as many as a fingerprint looks at."""
+    head = b""
+    for piece in weight.pieces(HEAD_BYTES):  # at least a row, which may be less
+        head += piece.tobytes()
+        if len(head) >= HEAD_BYTES:
+            break
+    return head[:HEAD_BYTES]

@@ -1,4 +1,4 @@
-"""Verify: run every stage of a bundle against its reference, and hold its weights against a checkpoint.
+"""Verify: run every stage of a bundle against its reference.
 
 Stages are chained as in the pipeline, on small inputs: the reference's text states feed the refiner, its modulation
 feeds the DiT, so that each stage sees values of realistic scale. Differences are absolute, divided by the output's
@@ -14,13 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from reelforge.export.checkpoint.digest import digest
-from reelforge.export.checkpoint.open import open_checkpoint
 from reelforge.export.family import FAMILIES
-from reelforge.export.models.hunyuan_video.spec_from_checkpoint import Numerics
 from reelforge.export.reference import run_stage
 from reelforge.export.stage import Stage
-from reelforge.export.weights import resolve_stages
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.conditioning import guidance_value, rope_tables, sinusoids
 from reelforge.runtime.engines.onnxruntime_engine import engine_from_onnx
@@ -100,39 +96,6 @@ def require_within(parities: Sequence[StageParity]) -> None:
             expected=", ".join(f"{parity.stage} at most {parity.tolerance:.0e}" for parity in outside),
             fix="rebuild with --precision fp32; if that differs too, report it with the checkpoint's configuration",
         )
-
-
-def compare_weights(bundle: Bundle, checkpoint_path: Path) -> int:
-    """Hold every weight of ``bundle`` against the checkpoint it should have been made from.
-
-    Returns:
-        How many weights were compared.
-
-    Raises:
-        VerificationError: Naming weights that differ.
-        CheckpointError: If the checkpoint cannot be read.
-    """
-    checkpoint = open_checkpoint(checkpoint_path)
-    family = FAMILIES[bundle.manifest.spec.family]
-    spec = family.spec(checkpoint, Numerics(bundle.manifest.provenance["numerics"]))
-    stages = family.stages(spec, bundle.manifest.recipe.batch)
-    resolved = resolve_stages(checkpoint, family.key_maps[checkpoint.layout], spec, stages)
-    compared, different = 0, []
-    for entry in bundle.manifest.stages:
-        digests = digest(resolved[entry.name])
-        for weight in entry.weights:
-            compared += 1
-            if digests[weight.name].sha256 != weight.sha256:
-                different.append(f"{entry.name}.{weight.name}")
-    if different:
-        shown = ", ".join(different[:5]) + (f" and {len(different) - 5} more" if len(different) > 5 else "")
-        raise VerificationError(
-            f"{len(different)} of {compared} weights are not those of {checkpoint_path}.",
-            received=shown,
-            expected="weights with the digests in the manifest",
-            fix="verify against the checkpoint that the bundle was built from, or rebuild it",
-        )
-    return compared
 
 
 def bundle_stages(bundle: Bundle) -> tuple[Stage, ...]:

@@ -102,6 +102,7 @@ def build(
     verify: bool = False,
     calibration: CalibrationRequest | None = None,
     kept: Mapping[str, tuple[str, ...]] | None = None,
+    attention: Precision | None = None,
     events: BuildEvents | None = None,
 ) -> Manifest:
     """Build a bundle of ``stages`` (all by default)."""
@@ -117,5 +118,6 @@ def build(
         verify=verify,
         calibration=calibration or CalibrationRequest(),
         kept=kept or {},
+        attention=attention,
     )
     return build_bundle(request, events)

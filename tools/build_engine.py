@@ -12,7 +12,6 @@ from rich.console import Console
 
 from reelforge.runtime.codec import to_json
 from reelforge.runtime.errors import RequestError
-from reelforge.runtime.quality import QualityThresholds
 from reelforge.runtime.recipe import QuantisationRecipe, Target, VideoShape, parse_precisions
 from reelforge.tools import console
 from reelforge.tools.build_report import node_table, quality_table, shown
@@ -68,6 +67,7 @@ if TYPE_CHECKING:
 @click.option(
     "--min-cosine",
     type=click.FloatRange(0, 1),
+    default=0.0,
     help="Likewise for the cosine between the velocities of any step. By default nothing is asked for.",
 )
 @click.option("--no-gate", is_flag=True, help="Do not measure what quantisation costs; the manifest then says so.")
@@ -114,7 +114,7 @@ def build_engine(
     shape: str | None,
     memory: float,
     min_psnr: float | None,
-    min_cosine: float | None,
+    min_cosine: float,
     no_gate: bool,
     shapes: str,
     stages: str,
@@ -181,7 +181,8 @@ def build_engine(
             steps=steps,
             shape=None if shape is None else VideoShape.parse(shape),
             memory_bytes=int(memory * 2**30),
-            thresholds=_thresholds(min_psnr, min_cosine),
+            min_psnr_db=min_psnr,
+            min_cosine=min_cosine,
             gated=not no_gate,
         ),
     )
@@ -219,13 +220,6 @@ def _as_json(manifest: Manifest, output: Path, seconds: float, finished: dict[st
             for entry in manifest.stages
         },
     }
-
-
-def _thresholds(min_psnr: float | None, min_cosine: float | None) -> QualityThresholds | None:
-    """Return what a person asked for; None where nothing was said, which means the precisions' defaults."""
-    if min_psnr is None and min_cosine is None:
-        return None
-    return QualityThresholds(min_psnr or 0.0, min_cosine or 0.0)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

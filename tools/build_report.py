@@ -74,7 +74,7 @@ def node_table(manifest: Manifest) -> Table:
 def quality_table(quality: QualityReport) -> Table:
     """What quantisation costs, as the build's gate measured it."""
     table = Table(
-        title=f"against fp32: {len(quality.prompts)} held-out prompts of {quality.shape}, {quality.steps} steps"
+        title=f"against fp32: {len(quality.prompts)} held-out prompt(s) of {quality.shape}, {quality.steps} steps"
     )
     for heading in ("measure", "median", "worst"):
         table.add_column(heading, justify="left" if heading == "measure" else "right")

@@ -31,8 +31,12 @@ def verify(bundle: Path, checkpoint: Path, as_json: bool) -> None:
     Every file's digest is checked first. Then every weight is compared with the checkpoint's by digest. Then each
     engine runs beside the module it was captured from, in fp32, on the same small inputs; a difference above the
     stage's tolerance fails with exit code 6. Needs the compiler's libraries: pip install 'reelforge[export]'.
+
+    What a quantised bundle stores in 8 bits is quantised again from CHECKPOINT and compared by digest; the numbers of
+    such a stage were measured when it was built, see `reelforge inspect`.
     """
-    from reelforge.export.verify import bundle_stages, compare_weights, measure_stages, require_within
+    from reelforge.export.verify import bundle_stages, measure_stages, require_within
+    from reelforge.export.verify_weights import compare_weights
     from reelforge.runtime.bundle.open import Bundle
 
     opened = Bundle.open(bundle)

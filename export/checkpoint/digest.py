@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from reelforge.export.checkpoint.sources import Resolved
+from reelforge.export.checkpoint.sources import WeightSource
 
 T = TypeVar("T")
 
@@ -75,7 +75,7 @@ class ProgressMeter:
                 self._progress(nbytes)
 
 
-def digest_one(weight: Resolved, meter: ProgressMeter) -> TensorDigest:
+def digest_one(weight: WeightSource, meter: ProgressMeter) -> TensorDigest:
     """Return the digest of one weight, reading it once."""
     sha = hashlib.sha256()
     non_finite = 0
@@ -99,7 +99,7 @@ def in_threads(jobs: Mapping[str, Callable[[], T]], meter: ProgressMeter, thread
 
 
 def digest(
-    weights: Mapping[str, Resolved], progress: Progress | None = None, threads: int = THREADS
+    weights: Mapping[str, WeightSource], progress: Progress | None = None, threads: int = THREADS
 ) -> dict[str, TensorDigest]:
     """Return the digest of every weight, in the order given.
 

@@ -1,10 +1,10 @@
 """QuantiseLayersPass: chosen layers read an 8-bit activation and an 8-bit stored weight.
 
 ``x -> QuantizeLinear -> DequantizeLinear -> layer`` with one scale per tensor, and ``codes -> DequantizeLinear ->
-layer`` with one scale per output channel. Every backend of this project recognises this form and computes the product
-in 8 bits. The bias of an INT8 ``Gemm`` is added behind it: without a third input ONNX Runtime fuses ``QGemm``, and with
-a float bias inside it would compute in fp32 on dequantised weights. The pass does not know how scales or codes were
-made.
+layer`` with one scale per output channel: the form that backends fuse to 8-bit products. (ONNX Runtime's CPU provider
+does so for ``Gemm``; a ``Conv`` there has the numbers of 8 bits and the speed of fp32.) The bias of an INT8 ``Gemm`` is
+added behind it: without a third input ONNX Runtime fuses ``QGemm``, and with a float bias inside it would compute in
+fp32 on dequantised weights. The pass does not know how scales or codes were made.
 """
 
 from __future__ import annotations

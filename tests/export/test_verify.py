@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from reelforge.export.verify import (
     StageParity,
     bundle_stages,
-    compare_weights,
     measure_parity,
     measure_stages,
     require_within,
 )
+from reelforge.export.verify_weights import compare_weights
 from reelforge.runtime.bundle.digest import sha256_of_file
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.codec import from_json, to_json

@@ -113,7 +113,20 @@ def test_options_reach_the_bundle(
         ),
         (["{c}", "-o", "{o}", "--shapes", "64x100x6"], 2, ["no videos of the shape 64x100x6", "fix: use 64x112x9"]),
         (["{c}", "-o", "{o}", "--shapes", "16x16x4"], 2, ["no videos of the shape 16x16x4", "fix: use 16x16x5"]),
-        (["{c}", "-o", "{o}", "--precision", "fp8"], 2, ["--precision", "'fp8' is not one of"]),
+        (
+            ["{c}", "-o", "{o}", "--precision", "fp9"],
+            2,
+            ["the precision 'fp9' cannot be read", "fix: write for example"],
+        ),
+        (["{c}", "-o", "{o}", "--precision", "int8", "--keep", "fc1"], 2, ["--keep 'fc1'", "STAGE=PATTERN"]),
+        (["{c}", "-o", "{o}", "--keep", "dit=*"], 2, ["stages that are not in 8 bits", "received: dit=*"]),
+        (["{c}", "-o", "{o}", "--recipe", "{c}/nothing"], 2, ["the recipe", "cannot be read", "fix: check the path"]),
+        (["{c}", "-o", "{o}", "--precision", "int8", "--scales", "{c}/no"], 5, ["the scale file", "cannot be read"]),
+        (
+            ["{c}", "-o", "{o}", "--precision", "int8", "--scales", "{c}/no", "--smoothing", "0.5"],
+            2,
+            ["smoothing is asked for together with a scale file", "fix: leave --smoothing out"],
+        ),
         (["{c}", "-o", "{o}", "--batch", "0"], 2, ["--batch"]),
         (["{c}"], 2, ["Missing option", "--output"]),
         (["{c}/nothing", "-o", "{o}"], 2, ["is not a folder", "fix: download the model first"]),
@@ -145,6 +158,40 @@ def test_refusals(
 def test_help_reads_like_a_manual(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--help") == 0
     page = capsys.readouterr().out
-    for part in ("CHECKPOINT", "--precision [fp32|fp16]", "--shapes", "--stages", "Examples:", "Exit codes:", "130"):
+    for part in (
+        "CHECKPOINT",
+        "--precision",
+        "--calibration-prompts",
+        "--min-psnr",
+        "--shapes",
+        "--stages",
+        "Examples:",
+        "Exit codes:",
+        "130",
+    ):
         assert part in page
     assert "\b" not in page
+
+
+def test_a_quantised_build_says_what_it_costs(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], remembered_traces: None
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red ball\na green leaf\n")
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"precision": {"dit": "int8"}, "kept": {"dit": ["single.0.fc1"]}, "quality": {}}))
+    options = ["--calibration-prompts", prompts, "--calibration-steps", "2", "--calibration-shape", "32x48x1"]
+    assert run(tiny_checkpoint, "-o", tmp_path / "b", "--recipe", recipe, *options, "--min-psnr", "0") == 0
+    shown = capsys.readouterr().err
+    for part in ("1 held-out prompt(s) of 32x48x1, 2 steps", "video PSNR", "velocity cosine", "built in"):
+        assert part in shown, shown
+    assert run(tiny_checkpoint, "-o", tmp_path / "c", "--recipe", recipe, *options, "--min-psnr", "0", "--json") == 0
+    value = json.loads(capsys.readouterr().out)
+    assert value["recipe"]["kept"] == {"dit": ["single.0.fc1"]}
+    assert set(value["quality"]["stages"]) == {"dit"}
+    assert value["stages"]["dit"]["tolerance"] is None
+    assert run(tiny_checkpoint, "-o", tmp_path / "d", "--recipe", recipe, *options, "--min-psnr", "300") == 6
+    errors = capsys.readouterr().err
+    for part in ("further from its reference", "at least 300 dB", "the worst layers are dit."):
+        assert part in errors, errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "c", "prompts.txt", "recipe.json"]

@@ -1,0 +1,394 @@
+"""Builds with 8-bit stages: what is in the bundle, where its scales come from, the gate, and what can fail."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from reelforge.calibration.errors import CalibrationError
+from reelforge.calibration.scale_file import read_scale_file, write_scale_file
+from reelforge.calibration.scale_methods import ScaleMethod
+from reelforge.export.build_request import BuildEvents, CalibrationRequest
+from reelforge.export.verify_weights import compare_weights
+from reelforge.runtime.bundle.open import Bundle
+from reelforge.runtime.errors import BuildError, ReelforgeError, RequestError, VerificationError
+from reelforge.runtime.manifest import Manifest
+from reelforge.runtime.pipeline import Pipeline
+from reelforge.runtime.recipe import Precision, VideoShape
+from reelforge.runtime.request import Request
+from tests.bundles import build
+
+pytestmark = pytest.mark.usefixtures("remembered_traces")
+
+SHAPE = VideoShape(32, 48, 5)
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("# three to calibrate, one to measure\na red ball\na blue box\nrain on a window\na green leaf\n")
+    return path
+
+
+@pytest.fixture
+def request_(prompts: Path) -> CalibrationRequest:
+    """Random weights make no picture, so the gate accepts anything unless a test says otherwise."""
+    return CalibrationRequest(prompts=prompts, steps=STEPS, shape=SHAPE, min_psnr_db=0.0)
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out" / "b"
+
+
+def weight_types(manifest: Manifest, stage: str) -> dict[str, str]:
+    entry = manifest.stage(stage)
+    assert entry is not None
+    return {weight.name: weight.dtype for weight in entry.weights}
+
+
+def refused(error: type[ReelforgeError], parts: list[str], output: Path, run: Callable[[], object]) -> ReelforgeError:
+    """``run`` fails with all ``parts`` in its message, and nothing is left."""
+    with pytest.raises(error) as caught:
+        run()
+    for part in parts:
+        assert part in str(caught.value), str(caught.value)
+    assert list(output.parent.iterdir()) == []
+    return caught.value
+
+
+# What is built.
+
+
+@pytest.mark.parametrize(("precision", "code"), [(Precision.INT8, "I8"), (Precision.FP8, "F8_E4M3")])
+def test_a_quantised_bundle(
+    tiny_checkpoint: Path, output: Path, request_: CalibrationRequest, precision: Precision, code: str
+) -> None:
+    manifest = build(tiny_checkpoint, output, precision=precision, calibration=request_)
+    types = weight_types(manifest, "dit")
+    layers = {name.removesuffix(".weight") for name, kind in types.items() if kind == code}
+    assert {layer.split(".")[0] for layer in layers} == {"double", "single"}
+    assert all(types[f"{layer}.weight.scale"] == "F32" for layer in layers)
+    # In high precision by default, and every other stage whole.
+    assert code not in (types["patch_embed.weight"], types["final.proj.weight"], types["single.0.q_norm.weight"])
+    for stage in ("llm", "clip", "refiner", "modulation", "vae_decoder"):
+        assert code not in weight_types(manifest, stage).values()
+    graph = onnx.load(output / "dit.onnx", load_external_data=False).graph
+    assert sum(node.op_type == "DequantizeLinear" and node.input[0].endswith(".weight") for node in graph.node) == len(
+        layers
+    )
+    # Nothing of the checkpoint is left in a stage whose weights are rewritten.
+    entry = manifest.stage("dit")
+    assert entry is not None
+    assert {Path(weight.file).name.split(".")[0] for weight in entry.weights} == {"dit"}
+    assert entry.tolerance is None
+    assert manifest.quality is not None
+    assert manifest.quality.steps == STEPS
+    assert set(manifest.quality.stages) == {"dit"}
+    assert manifest.quality.velocity_cosine_worst > 0.98
+    # It opens with every digest checked, and generates.
+    frames = Pipeline.open(output).generate(Request("a red ball", 32, 48, 5, STEPS, 3))
+    assert frames.shape == (5, 32, 48, 3)
+
+
+def test_two_builds_and_a_build_from_scales_are_equal(
+    tiny_checkpoint: Path, output: Path, request_: CalibrationRequest
+) -> None:
+    first = build(tiny_checkpoint, output, precision=Precision.INT8, calibration=request_)
+    second = build(tiny_checkpoint, output.with_name("c"), precision=Precision.INT8, calibration=request_)
+    assert first.content_digest == second.content_digest
+    for name in ("dit.onnx", "scales.safetensors", "weights/dit.int8.safetensors", "weights/dit.scales.safetensors"):
+        assert (output / name).read_bytes() == (output.with_name("c") / name).read_bytes(), name
+    given = CalibrationRequest(scales=output / "scales.safetensors", gated=False)
+    third = build(tiny_checkpoint, output.with_name("d"), precision=Precision.INT8, calibration=given)
+    assert third.content_digest == first.content_digest
+    assert third.quality is None
+    only_dit = build(tiny_checkpoint, output.with_name("e"), "dit", precision=Precision.INT8, calibration=given)
+    assert only_dit.stage("dit") == first.stage("dit")
+    assert not list(output.parent.glob("*.calibration"))
+
+
+def test_scales_serve_both_layouts(
+    tiny_checkpoint: Path, tiny_tencent_checkpoint: Path, output: Path, request_: CalibrationRequest
+) -> None:
+    first = build(tiny_checkpoint, output, precision=Precision.INT8, calibration=request_)
+    given = CalibrationRequest(scales=output / "scales.safetensors", gated=False)
+    other = build(tiny_tencent_checkpoint, output.with_name("t"), precision=Precision.INT8, calibration=given)
+    assert other.content_digest == first.content_digest
+
+
+def test_smoothing_moves_factors_into_the_modulation(
+    tiny_checkpoint: Path, output: Path, request_: CalibrationRequest
+) -> None:
+    smoothed = replace(request_, smoothing=0.5, method=ScaleMethod.MSE)
+    plain = build(tiny_checkpoint, output, precision=Precision.INT8, calibration=request_)
+    manifest = build(tiny_checkpoint, output.with_name("s"), precision=Precision.INT8, calibration=smoothed)
+    files = {weight.name: weight.file for weight in manifest.stage("modulation").weights}  # type: ignore[union-attr]
+    assert files["double.0.image.linear.weight"] == "weights/modulation.safetensors"
+    assert manifest.stage("modulation") != plain.stage("modulation")
+    assert manifest.stage("clip") == plain.stage("clip")
+    assert manifest.quality is not None
+    assert manifest.quality.velocity_cosine_worst > 0.98  # a fold that is forgotten or doubled gives about 0.5
+
+
+def test_every_stage_has_its_precision(tiny_checkpoint: Path, output: Path, request_: CalibrationRequest) -> None:
+    precision = {"dit": Precision.FP8, "llm": Precision.INT8, "vae_decoder": Precision.INT8, "clip": Precision.FP16}
+    manifest = build(
+        tiny_checkpoint,
+        output,
+        precision=precision,
+        kept={"dit": ("single.*.proj_mlp", "double.0.*")},
+        attention=Precision.FP8,
+        calibration=request_,
+    )
+    types = weight_types(manifest, "dit")
+    assert types["single.0.proj_mlp.weight"] not in ("F8_E4M3", "I8")
+    assert types["double.0.image.q.weight"] not in ("F8_E4M3", "I8")
+    assert types["single.0.fc1.weight"] == "F8_E4M3"
+    assert "I8" in weight_types(manifest, "llm").values()
+    assert "I8" in weight_types(manifest, "vae_decoder").values()
+    assert manifest.recipe.precision["clip"] is Precision.FP16
+    graph = onnx.load(output / "dit.onnx", load_external_data=False).graph
+    attentions = [node for node in graph.node if node.op_type == "Attention"]
+    casts = {node.output[0] for node in graph.node if node.op_type == "Mul" and ".attention." in node.name}
+    assert attentions
+    assert all(operand in casts for node in attentions for operand in node.input[:3])
+    assert manifest.quality is not None
+    assert set(manifest.quality.stages) == {"llm", "clip", "dit", "vae_decoder"}
+
+
+def test_a_channel_of_zeros(tiny_checkpoint: Path, output: Path, tmp_path: Path, request_: CalibrationRequest) -> None:
+    checkpoint = altered(tiny_checkpoint, tmp_path / "zeros", lambda weight: weight.__setitem__(2, 0))
+    manifest = build(checkpoint, output, precision=Precision.INT8, calibration=request_)
+    entry = next(w for w in manifest.stage("dit").weights if w.name == "single.0.proj_mlp.weight")  # type: ignore[union-attr]
+    codes = np.fromfile(output / entry.file, np.int8, entry.length, offset=entry.offset).reshape(entry.shape)
+    assert (codes[2] == 0).all()
+    assert np.abs(codes[3]).max() == 127
+
+
+def altered(checkpoint: Path, copy: Path, change: Callable[[np.ndarray], object]) -> Path:
+    """Return a copy of the checkpoint with the output projection of its first single block changed."""
+    shutil.copytree(checkpoint, copy)
+    for path in sorted((copy / "transformer").glob("*.safetensors")):
+        tensors = load_file(path)
+        name = "single_transformer_blocks.0.proj_out.weight"
+        if name in tensors:
+            tensors[name] = tensors[name].copy()
+            change(tensors[name])
+            save_file(tensors, path, metadata={"format": "pt"})
+            return copy
+    raise AssertionError("the checkpoint has no single block")
+
+
+# The gate.
+
+
+def test_the_gate_names_the_worst_layers(tiny_checkpoint: Path, output: Path, request_: CalibrationRequest) -> None:
+    strict = replace(request_, min_psnr_db=200.0, min_cosine=0.9999999)
+    error = refused(
+        VerificationError,
+        ["PSNR", "at least 200 dB", "velocity cosine", "the worst layers are dit.", "reelforge sensitivity"],
+        output,
+        lambda: build(tiny_checkpoint, output, precision=Precision.INT8, calibration=strict),
+    )
+    assert error.exit_code == 6
+
+
+def test_a_bad_scale_file_is_caught_and_its_layer_named(
+    tiny_checkpoint: Path, output: Path, request_: CalibrationRequest, tmp_path: Path
+) -> None:
+    build(tiny_checkpoint, output, precision=Precision.INT8, calibration=request_)
+    scales = read_scale_file(output / "scales.safetensors")
+    name = "dit.single.0.fc1.activation"
+    path = tmp_path / "bad.safetensors"
+    write_scale_file(path, scales.provenance, {**scales.tensors, name: scales.tensors[name] * 100})
+    shutil.rmtree(output)
+    given = replace(request_, scales=path, min_cosine=0.999)
+    refused(
+        VerificationError,
+        ["the worst layers are dit.single.0.fc1"],
+        output,
+        lambda: build(tiny_checkpoint, output, precision=Precision.INT8, calibration=given),
+    )
+
+
+# What cannot be built.
+
+
+def test_prompts_that_cannot_be_used(
+    tiny_checkpoint: Path, output: Path, tmp_path: Path, request_: CalibrationRequest
+) -> None:
+    for content, part in ((b"\n# nothing\n", "are empty"), (b"caf\xe9\n", "not UTF-8"), (None, "cannot be read")):
+        path = tmp_path / "prompts.txt"
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+        given = replace(request_, prompts=path)
+        refused(
+            CalibrationError,
+            [part, "fix: "],
+            output,
+            lambda given=given: build(tiny_checkpoint, output, precision=Precision.INT8, calibration=given),  # type: ignore[misc]
+        )
+
+
+def test_scale_files_that_do_not_belong(
+    tiny_checkpoint: Path, output: Path, tmp_path: Path, request_: CalibrationRequest
+) -> None:
+    build(tiny_checkpoint, output, precision=Precision.INT8, calibration=request_)
+    good = tmp_path / "good.safetensors"
+    shutil.copy(output / "scales.safetensors", good)
+    shutil.rmtree(output)
+
+    def attempt(path: Path, checkpoint: Path = tiny_checkpoint, precision: Precision = Precision.INT8) -> Manifest:
+        given = replace(request_, scales=path)
+        return build(checkpoint, output, precision=precision, calibration=given)
+
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(good.read_bytes()[:-10])
+    refused(CalibrationError, ["cut.safetensors"], output, lambda: attempt(cut))
+
+    scales = read_scale_file(good)
+    lacking = tmp_path / "lacking.safetensors"
+    tensors = {name: value for name, value in scales.tensors.items() if name != "dit.single.0.fc1.activation"}
+    write_scale_file(lacking, scales.provenance, tensors)
+    refused(CalibrationError, ["'dit.single.0.fc1.activation'", "calibrate again"], output, lambda: attempt(lacking))
+
+    other = altered(tiny_checkpoint, tmp_path / "other", lambda weight: weight.__imul__(1.01))
+    refused(CalibrationError, ["another checkpoint"], output, lambda: attempt(good, other))
+
+    refused(CalibrationError, ["format", "int8"], output, lambda: attempt(good, precision=Precision.FP8))
+
+
+def test_activations_that_are_not_finite(
+    tiny_checkpoint: Path, output: Path, tmp_path: Path, request_: CalibrationRequest
+) -> None:
+    broken = altered(tiny_checkpoint, tmp_path / "nan", lambda weight: weight.__setitem__((0, 0), np.nan))
+    with pytest.raises(CalibrationError) as caught:
+        build(broken, output, precision=Precision.INT8, calibration=request_)
+    for part in ("stage 'dit'", "layer 'single.1.q'", "step 0", "not finite"):
+        assert part in str(caught.value), str(caught.value)
+    assert not output.exists()
+
+
+def test_requests_that_mean_nothing(
+    tiny_checkpoint: Path, output: Path, request_: CalibrationRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attempt(*stages: str, **options: object) -> Manifest:
+        return build(tiny_checkpoint, output, *stages, calibration=request_, **options)  # type: ignore[arg-type]
+
+    refused(
+        RequestError,
+        ["'modulation' cannot be computed in 8 bits", "modulation=int8", "dit or llm or vae_decoder"],
+        output,
+        lambda: attempt(precision={"modulation": Precision.INT8}),
+    )
+    refused(
+        RequestError,
+        ["no layer of stage 'dit' fits", "single.99.*"],
+        output,
+        lambda: attempt(precision=Precision.INT8, kept={"dit": ("single.99.*",)}),
+    )
+    refused(
+        RequestError,
+        ["no such stages", "unet"],
+        output,
+        lambda: attempt(precision={"dit": Precision.INT8}, kept={"unet": ("*",)}),
+    )
+    refused(RequestError, ["unet"], output, lambda: attempt(precision={"unet": Precision.INT8}))
+    refused(
+        RequestError,
+        ["only some stages", "--scales FILE and --no-gate"],
+        output,
+        lambda: attempt("dit", precision=Precision.INT8),
+    )
+    refused(RequestError, ["attention", "fp8"], output, lambda: attempt(attention=Precision.INT8))
+
+
+# Interruptions.
+
+
+def test_a_build_goes_on_where_its_calibration_was_interrupted(
+    tiny_checkpoint: Path, output: Path, request_: CalibrationRequest
+) -> None:
+    whole = build(tiny_checkpoint, output, precision=Precision.INT8, calibration=request_)
+    steps: list[tuple[str, int, int]] = []
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        steps.append((what, done, total))
+        if what == "observing dit" and done >= total // 2:
+            raise KeyboardInterrupt
+
+    later = output.with_name("later")
+    with pytest.raises(KeyboardInterrupt):
+        build(
+            tiny_checkpoint, later, precision=Precision.INT8, calibration=request_, events=BuildEvents(work=interrupt)
+        )
+    assert sorted(path.name for path in output.parent.iterdir()) == ["b", "later.calibration"]
+    resumed = build(tiny_checkpoint, later, precision=Precision.INT8, calibration=request_)
+    assert resumed.content_digest == whole.content_digest
+    assert sorted(path.name for path in output.parent.iterdir()) == ["b", "later"]
+
+
+@pytest.mark.parametrize("part", ["dit.int8", "dit.scales", "scales.safetensors"])
+def test_the_disk_is_full_midway(
+    tiny_checkpoint: Path, output: Path, request_: CalibrationRequest, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    write, replace_file = os.pwrite, Path.replace
+
+    def full(descriptor: int, *arguments: object) -> int:
+        target = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if part in target.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, *arguments)  # type: ignore[arg-type]
+
+    def full_at_rename(path: Path, target: Path) -> Path:
+        if Path(target).name == part:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replace_file(path, target)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(Path, "replace", full_at_rename)
+    with pytest.raises((BuildError, CalibrationError)) as caught:
+        build(tiny_checkpoint, output, precision=Precision.INT8, calibration=request_)
+    assert "No space left" in str(caught.value) or "disk is full" in str(caught.value)
+    assert not output.exists()
+    assert not list(output.parent.glob("*.partial-*"))
+
+
+def test_the_bundle_is_opened_with_every_digest(
+    tiny_checkpoint: Path, output: Path, request_: CalibrationRequest
+) -> None:
+    build(tiny_checkpoint, output, precision=Precision.INT8, calibration=request_)
+    path = output / "weights/dit.int8.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ReelforgeError, match=r"dit\.int8\.safetensors"):
+        Bundle.open(output)
+
+
+def test_its_weights_are_those_of_the_checkpoint(
+    tiny_checkpoint: Path, tiny_tencent_checkpoint: Path, output: Path, tmp_path: Path, request_: CalibrationRequest
+) -> None:
+    smoothed = replace(request_, smoothing=0.5)
+    manifest = build(tiny_checkpoint, output, precision=Precision.INT8, calibration=smoothed)
+    bundle = Bundle.open(output)
+    total = sum(len(stage.weights) for stage in manifest.stages)
+    assert compare_weights(bundle, tiny_checkpoint) == total
+    assert compare_weights(bundle, tiny_tencent_checkpoint) == total
+    other = altered(tiny_checkpoint, tmp_path / "other", lambda weight: weight.__setitem__((1, 1), 9.0))
+    with pytest.raises(VerificationError, match=r"received: dit\.single\.0\.proj_") as caught:
+        compare_weights(bundle, other)
+    assert "weight.scale" in str(caught.value)  # the row's largest magnitude is another
