@@ -25,11 +25,16 @@ class Usage:
     output: str
 
 
-def run_sampled(command: Sequence[str]) -> Usage:
+def run_sampled(command: Sequence[str], limit_s: float | None = None) -> Usage:
     """Run ``command`` to its end, sampling every 20 ms.
+
+    Args:
+        command: The program and its arguments.
+        limit_s: After so many seconds it is killed; None waits for ever.
 
     Raises:
         subprocess.CalledProcessError: If it fails; its stderr goes to ours.
+        subprocess.TimeoutExpired: If it was killed.
     """
     started = time.monotonic()
     anonymous = file_backed = 0
@@ -39,6 +44,9 @@ def run_sampled(command: Sequence[str]) -> Usage:
             fields = _fields(status)
             anonymous = max(anonymous, fields.get("RssAnon", 0))
             file_backed = max(file_backed, fields.get("RssFile", 0))
+            if limit_s is not None and time.monotonic() - started > limit_s:
+                process.kill()
+                raise subprocess.TimeoutExpired(command, limit_s)
             time.sleep(INTERVAL_S)
         output = process.stdout.read() if process.stdout is not None else ""
     if process.returncode:

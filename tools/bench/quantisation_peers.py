@@ -96,6 +96,7 @@ def run_peer(
     recordings: Sequence[Path],
     output: Path,
     repeats: int,
+    limit_s: float | None = None,
 ) -> PeerRun:
     """Quantise ``repeats`` times with one peer; the result of the last run is ``output/dit.onnx``.
 
@@ -107,6 +108,7 @@ def run_peer(
         recordings: The calibration data.
         output: A folder, which must not exist.
         repeats: How often.
+        limit_s: After so many seconds a run is killed, which counts as a failure; None waits for ever.
     """
     output.mkdir(parents=True)
     job_file = output.parent / f"{output.name}.json"
@@ -115,7 +117,9 @@ def run_peer(
     )
     job_file.write_text(json.dumps(asdict(job)), encoding="utf-8")
     try:
-        usages = [run_sampled([python, str(CHILD), str(job_file)]) for _ in range(repeats)]
+        usages = [run_sampled([python, str(CHILD), str(job_file)], limit_s) for _ in range(repeats)]
+    except subprocess.TimeoutExpired:
+        return PeerRun(peer, failure=f"cut off after {limit_s:g} s")
     except subprocess.CalledProcessError as error:
         lines = str(error.output).strip().splitlines()
         return PeerRun(peer, failure=lines[-1] if lines else f"exit status {error.returncode}")
@@ -136,6 +140,8 @@ def run_peers(
     references: Sequence[Reference],
     peers_python: str | None,
     repeats: int,
+    peers: Sequence[str] = tuple(peer_quantiser.PEERS),
+    limit_s: float | None = None,
 ) -> list[PeerRun]:
     """Quantise the bundle's ``dit`` with every peer and measure the pictures.
 
@@ -146,15 +152,18 @@ def run_peers(
         references: From ``quantised_quality.make_references``; without any, only time and memory are measured.
         peers_python: The interpreter that has ModelOpt; without it, ModelOpt is left out.
         repeats: Runs of each quantiser.
+        peers: Keys of ``peer_quantiser.PEERS``.
+        limit_s: For each run; see :func:`run_peer`.
     """
     layers = write_plain_graph(bundle, work / "plain")
     runs = []
-    for number, peer in enumerate(peer_quantiser.PEERS):
+    for number, peer in enumerate(peers):
         python = peers_python if peer.startswith("modelopt") else sys.executable
         if python is None:
             continue
         folder = work / str(number)
-        run = run_peer(peer, python, work / "plain" / quantised_quality.GRAPH, layers, recordings, folder, repeats)
+        graph = work / "plain" / quantised_quality.GRAPH
+        run = run_peer(peer, python, graph, layers, recordings, folder, repeats, limit_s)
         if references and not run.failure:
             # See measure_quality; int8 runs with the kernels that a user gets.
             optimization = "basic" if "fp8" in peer else "all"

@@ -26,7 +26,7 @@ def environment(command: str, packages: Sequence[str]) -> list[str]:
         "",
         f"- machine: {_processor()}, {_cores()} cores, {memory_gb:.0f} GB memory, no GPU",
         f"- versions: Python {platform.python_version()}, {versions}",
-        f"- commit {_commit()}, {datetime.datetime.now(datetime.UTC).date().isoformat()}",
+        f"- commit {commit()}, {datetime.datetime.now(datetime.UTC).date().isoformat()}",
     ]
 
 
@@ -43,6 +43,14 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
+def commit() -> str:
+    """Return the checked out commit, marked if files differ from it."""
+    result = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip() or "unknown"
+
+
 def write(path: Path, lines: Sequence[str]) -> None:
     """Write a benchmark's file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,10 +64,3 @@ def _processor() -> str:
 
 def _cores() -> int:
     return len([line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("processor")])
-
-
-def _commit() -> str:
-    result = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip() or "unknown"
