@@ -39,7 +39,7 @@ from reelforge.export.stage import Stage
 from reelforge.runtime.bundle.open import Bundle, Check
 from reelforge.runtime.bundle.write import BundleWriter
 from reelforge.runtime.manifest import StageEntry, WeightEntry
-from reelforge.runtime.recipe import Precision
+from reelforge.runtime.recipe import Precision, VideoShape
 
 STAGE = "dit"
 PACKAGES = ("reelforge", "onnxruntime", "onnx-ir", "torch")
@@ -65,6 +65,7 @@ class Job:
         smoothing: SmoothQuant's alpha, or None.
         steps: Sampling steps; None means the default.
         output: The new bundle's folder.
+        shape: Of the videos, ``HEIGHTxWIDTHxFRAMES``; None means the default.
     """
 
     bundle: str
@@ -75,6 +76,7 @@ class Job:
     smoothing: float | None
     steps: int | None
     output: str
+    shape: str | None = None
 
 
 def quantise(job: Job) -> None:
@@ -85,7 +87,12 @@ def quantise(job: Job) -> None:
     layers = [name for name in weighted_layers(ir.load(bundle.graph(STAGE)).graph) if rules.covers(name)]
     formats = {STAGE: dict.fromkeys(layers, number_format)}
     options = CalibrationOptions(
-        tuple(job.prompts), ScaleMethod(job.method), smoothing=job.smoothing, seed=job.seed, steps=job.steps
+        tuple(job.prompts),
+        ScaleMethod(job.method),
+        smoothing=job.smoothing,
+        seed=job.seed,
+        steps=job.steps,
+        shape=None if job.shape is None else VideoShape.parse(job.shape),
     )
     scales = ScaleFile(Path(job.output), *calibrate(bundle, formats, rules.groups, options))
     stages = {entry.name: cast(Stage, _Parameters(entry)) for entry in bundle.manifest.stages}
