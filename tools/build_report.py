@@ -73,9 +73,9 @@ def node_table(manifest: Manifest) -> Table:
 
 def quality_table(quality: QualityReport) -> Table:
     """What quantisation costs, as the build's gate measured it."""
-    table = Table(
-        title=f"against fp32: {len(quality.prompts)} held-out prompt(s) of {quality.shape}, {quality.steps} steps"
-    )
+    count = len(quality.prompts)
+    prompts = f"{count} held-out prompt{'s' if count > 1 else ''}"
+    table = Table(title=f"against fp32: {prompts} of {quality.shape}, {quality.steps} steps")
     for heading in ("measure", "median", "worst"):
         table.add_column(heading, justify="left" if heading == "measure" else "right")
     table.add_row("video PSNR", _decibels(quality.psnr_median_db), _decibels(quality.psnr_worst_db))
