@@ -75,6 +75,7 @@ class Settings:
     repeats: int
     calibration: int
     evaluation: int
+    recipe_prompts: int
     large: str | None
 
     def describe(self) -> str:
@@ -112,7 +113,9 @@ class Sections:
     def methods(self) -> list[str]:
         """Return the section on formats and scale methods."""
         settings = self.settings
-        return quantisation_methods.section(self.demo, settings.repeats, settings.calibration, settings.evaluation)
+        return quantisation_methods.section(
+            self.demo, settings.repeats, settings.calibration, settings.evaluation, settings.recipe_prompts
+        )
 
     def peers(self) -> list[str]:
         """Return the section on other quantisers."""
@@ -222,6 +225,12 @@ def _sections_of(_context: click.Context, _parameter: click.Parameter, text: str
 @click.option("--repeats", default=3, show_default=True, type=click.IntRange(1))
 @click.option("--calibration", default=calibration_data.CALIBRATION_PROMPTS, show_default=True, help="Prompts.")
 @click.option("--evaluation", default=calibration_data.EVALUATION_PROMPTS, show_default=True, help="Other prompts.")
+@click.option(
+    "--recipe-prompts",
+    default=quantisation_methods.RECIPE_PROMPTS,
+    show_default=True,
+    help="Prompts that mixed-precision recipes are chosen on, those of the calibration among them.",
+)
 @click.option("--large", default="mid", show_default=True, help="Size of the synthetic model, or none.")
 def main(
     output: Path,
@@ -232,11 +241,14 @@ def main(
     repeats: int,
     calibration: int,
     evaluation: int,
+    recipe_prompts: int,
     large: str,
 ) -> None:
     """Measure quantisation and write one Markdown file."""
     work.mkdir(parents=True, exist_ok=True)
-    settings = Settings(checkpoint, peers_python, repeats, calibration, evaluation, None if large == "none" else large)
+    settings = Settings(
+        checkpoint, peers_python, repeats, calibration, evaluation, recipe_prompts, None if large == "none" else large
+    )
     with tempfile.TemporaryDirectory(dir=work) as scratch:
         sections = Sections(settings, Path(scratch))
         measures: dict[str, Callable[[], list[str]]] = {

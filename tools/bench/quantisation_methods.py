@@ -39,7 +39,10 @@ RECIPE_METHOD, RECIPE_SMOOTHING = ScaleMethod.MAX, None
 
 GOAL_COSINE = 0.999
 RECIPE_COSINE = 0.9993
-"""What a recipe must reach on the calibration prompts: others may be worse."""
+"""What a recipe must reach on the prompts that it is chosen on: others may be worse."""
+
+RECIPE_PROMPTS = 24
+"""Recipes are chosen on the calibration prompts and more: a step at which the model is sensitive is rare."""
 
 _REPEAT_SEEDS = 100  # from one repeat's first noise to the next one's; more than there are prompts
 _RECIPE_SEED = 50  # recipes are chosen on other noise than scales
@@ -78,7 +81,9 @@ class Result:
     kept: tuple[str, ...] = ()
 
 
-def section(bench: Workbench, repeats: int, calibration: int, evaluation: int) -> list[str]:
+def section(
+    bench: Workbench, repeats: int, calibration: int, evaluation: int, recipe_prompts: int = RECIPE_PROMPTS
+) -> list[str]:
     """Measure all rows and return the Markdown, without a title.
 
     Args:
@@ -86,10 +91,11 @@ def section(bench: Workbench, repeats: int, calibration: int, evaluation: int) -
         repeats: Each with other calibration prompts, calibration noise and evaluation noise.
         calibration: Prompts to calibrate with.
         evaluation: Prompts to compare videos of.
+        recipe_prompts: Prompts to choose recipes on: those of the calibration first.
     """
     results: dict[Row, list[Result]] = {row: [] for row in ROWS}
     for repeat in range(repeats):
-        for row, result in _measure(bench, repeat, calibration, evaluation).items():
+        for row, result in _measure(bench, repeat, calibration, evaluation, recipe_prompts).items():
             results[row].append(result)
     return [
         f"{calibration} calibration prompts, {evaluation} others to evaluate, all steps, the default size. Each of the",
@@ -97,8 +103,9 @@ def section(bench: Workbench, repeats: int, calibration: int, evaluation: int) -
         "(smallest-largest) over repeats; *worst* is over prompts, steps and repeats. *Cosine* is of each step's",
         "velocity on the reference's trajectory, of the worst prompt. *Kept* is the share of the blocks' weight bytes",
         "that stay in high precision. Budget rows are chosen as",
-        f"`reelforge sensitivity --cosine-budget {RECIPE_COSINE:g} --no-loop` does, on the calibration prompts with",
-        "other noise; the margin over the goal is for other prompts.",
+        f"`reelforge sensitivity --cosine-budget {RECIPE_COSINE:g} --no-loop` does, on {recipe_prompts} prompts, the",
+        "calibration prompts among them and the evaluated ones not, with other noise; the margin over the goal is for",
+        "the evaluated ones.",
         "",
         *_table(results),
         "",
@@ -108,14 +115,17 @@ def section(bench: Workbench, repeats: int, calibration: int, evaluation: int) -
     ]
 
 
-def _measure(bench: Workbench, repeat: int, calibration: int, evaluation: int) -> dict[Row, Result]:
+def _measure(
+    bench: Workbench, repeat: int, calibration: int, evaluation: int, recipe_prompts: int
+) -> dict[Row, Result]:
     """Measure every row once."""
-    prompts = [request.prompt for request in calibration_requests(calibration, repeat)]
+    trained = [request.prompt for request in calibration_requests(max(calibration, recipe_prompts), repeat)]
+    prompts = trained[:calibration]
     seed = CALIBRATION_SEED + repeat * _REPEAT_SEEDS
     reference = Pipeline(bench.reference)
     others = [request.prompt for request in evaluation_requests(evaluation)]
     run = run_reference(reference, others, EVALUATION_SEED + repeat * _REPEAT_SEEDS)
-    chosen_on = run_reference(reference, prompts, seed + _RECIPE_SEED)
+    chosen_on = run_reference(reference, trained[:recipe_prompts], seed + _RECIPE_SEED)
     results = {}
     for smoothing in SMOOTHINGS:
         observed = bench.observe(prompts, seed, smoothing)
