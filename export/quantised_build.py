@@ -111,7 +111,8 @@ class QuantisedBuild:
     def _reference(self, writer: BundleWriter) -> Iterator[Bundle]:
         """Build the fp32 bundle, and remove it when it is not needed any more."""
         folder = writer.folder / _REFERENCE
-        recipe = Recipe.uniform(Precision.FP32, [stage.name for stage in self.source.stages])
+        names = [stage.name for stage in self.source.stages]
+        recipe = Recipe.uniform(Precision.FP32, names, batch=self.source.request.batch)
         with BundleWriter(folder) as reference_writer:
             self.source.write_tokenizers(reference_writer)
             quiet = replace(self.compiler, events=replace(self.events, stage=BuildEvents().stage))

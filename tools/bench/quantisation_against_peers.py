@@ -184,10 +184,7 @@ def _goals(ours: Sequence[PeerRun], theirs: Sequence[PeerRun]) -> list[str]:
                 f"{_psnr(run):.2f} dB, the best peer {_psnr(best):.2f} dB ({best.peer}); by prompt {mean:+.2f} dB, 95% "
                 f"{low:+.2f} to {high:+.2f}"
             )
-            verdict = _met(_psnr(run) >= _psnr(best))
-            if _psnr(run) < _psnr(best) and high > 0:
-                verdict = "within noise"
-            rows.append((f"{run.peer}: PSNR not below any peer's", text, verdict))
+            rows.append((f"{run.peer}: PSNR not below any peer's", text, _met(_psnr(run) >= _psnr(best))))
         best = min(rivals, key=_seconds)
         text = f"{_seconds(run):.1f} s, the fastest peer {_seconds(best):.1f} s ({best.peer})"
         rows.append((f"{run.peer}: faster than every peer", text, _met(_seconds(run) < _seconds(best))))
