@@ -15,6 +15,7 @@ from reelforge.export.passes.lower_key_lengths import LowerKeyLengthsPass
 from reelforge.export.passes.lower_linear import LowerLinearPass
 from reelforge.export.passes.quantise_attention import AttentionScales, QuantiseAttentionPass
 from reelforge.export.passes.quantise_layers import QuantisedLayer, QuantiseLayersPass
+from reelforge.export.passes.unsign_activations import UnsignActivationsPass
 from reelforge.runtime.recipe import Backend, Target
 
 
@@ -48,6 +49,7 @@ def passes_for(target: Target, eight_bit: EightBit) -> Sequence[InPlacePass]:
             common.RemoveUnusedNodesPass(),  # the transposes: a layer is what alone uses its weight
             QuantiseLayersPass(eight_bit.layers),
             QuantiseAttentionPass(eight_bit.attentions),
+            UnsignActivationsPass(),
             LowerFloat8Pass(),
             common.CommonSubexpressionEliminationPass(),
             common.RemoveUnusedNodesPass(),

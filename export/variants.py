@@ -29,6 +29,7 @@ from reelforge.export.passes.editing import GraphEditor
 from reelforge.export.passes.layers import Layer, weighted_layers
 from reelforge.export.passes.lower_float8 import LowerFloat8Pass
 from reelforge.export.passes.quantise_layers import QuantisedLayer, QuantiseLayersPass
+from reelforge.export.passes.unsign_activations import UnsignActivationsPass
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.engines.engine import Engine
 from reelforge.runtime.engines.onnxruntime_engine import engine_from_bytes
@@ -174,6 +175,7 @@ class Variants:
             plan[name] = _quantised(weight, scales)
         for graph_pass in (
             QuantiseLayersPass(plan),
+            UnsignActivationsPass(),
             LowerFloat8Pass(),
             common.CommonSubexpressionEliminationPass(),  # layers that share an input share its quantised form
             common.RemoveUnusedNodesPass(),

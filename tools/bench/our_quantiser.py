@@ -33,6 +33,7 @@ from reelforge.export.models.hunyuan_video.quantisation import quantisation_rule
 from reelforge.export.passes.layers import weighted_layers
 from reelforge.export.passes.lower_float8 import LowerFloat8Pass
 from reelforge.export.passes.quantise_layers import QuantisedLayer, QuantiseLayersPass
+from reelforge.export.passes.unsign_activations import UnsignActivationsPass
 from reelforge.export.quantisation import NUMBER_FORMATS, StagePlan, plan_quantisation
 from reelforge.export.quantised_weights import place_quantised
 from reelforge.export.stage import Stage
@@ -153,6 +154,7 @@ def _write_stage(bundle: Bundle, entry: StageEntry, plan: StagePlan, writer: Bun
         layers[layer] = QuantisedLayer(_external(codes), _external(scale), layer_plan.activation_scale)
     for graph_pass in (
         QuantiseLayersPass(layers),
+        UnsignActivationsPass(),
         LowerFloat8Pass(),
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),

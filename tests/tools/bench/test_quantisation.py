@@ -102,7 +102,7 @@ def test_goals_against_peers_take_the_best_peer_of_the_same_format() -> None:
     ("theirs", "verdict"),
     [((41.0, 39.0, 40.0), "met"), ((42.0, 41.0, 38.9), "**missed**"), ((43.0, 42.0, 41.0), "**missed**")],
 )
-def test_a_lower_psnr_within_noise_is_said_to_be_that(theirs: tuple[float, ...], verdict: str) -> None:
+def test_a_lower_psnr_is_missed_whatever_the_noise(theirs: tuple[float, ...], verdict: str) -> None:
     ours = PeerRun("reelforge int8 max", (5.0,), (3.0,), (200,), "", quality(41.0, 40.0, 39.0))
     peer = replace(ours, peer="onnxruntime int8 A", quality=quality(*theirs))
     assert against._goals([ours], [peer])[2].endswith(f"| {verdict} |")
