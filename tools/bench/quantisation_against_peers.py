@@ -44,7 +44,7 @@ LARGE_PEERS = (
     "onnxruntime int8 Entropy, inputs only",
     "modelopt int8 max",
 )
-LARGE_LIMIT_S = 900.0
+LARGE_LIMIT_S = 300.0
 _RESAMPLES = 4000
 
 
