@@ -14,7 +14,8 @@ The methods:
         through the format's levels: S. Migacz, "8-bit Inference with TensorRT", GTC 2017 (S7310), "Entropy
         Calibration - pseudocode". Published for INT8 with 128 equal levels; for FP8 its own levels are used instead.
         Unlike the publication, levels share bins evenly where their number does not divide, a clip whose last bin was
-        empty before the outliers were added is no candidate (its divergence is infinite), and no half bin is added.
+        empty before the outliers were added is no candidate (its divergence is infinite), and no half bin is added. The
+        first bin counts as the second one does, which is how NVIDIA's later tools deal with the peak at zero.
 """
 
 from __future__ import annotations
@@ -166,6 +167,8 @@ def entropy_clip(statistics: TensorStatistics, number_format: NumberFormat) -> f
     counts = statistics.histogram.reshape(_ENTROPY_BINS, -1).sum(axis=1).astype(np.float64)
     width = statistics.bin_width * (BINS // _ENTROPY_BINS)
     used = int(np.flatnonzero(counts)[-1]) + 1
+    # Values near zero are one level whatever the clip, but by their number they would decide it alone.
+    counts[0] = counts[1]
     if used < _ENTROPY_LEVELS:  # only if all is below the smallest range of the histogram
         return statistics.absolute_maximum
     candidates = range(_ENTROPY_LEVELS, used + 1)

@@ -127,6 +127,15 @@ def test_entropy_keeps_the_full_range_of_a_uniform_distribution(number_format: N
     assert entropy_clip(observed(values), number_format) >= 0.99 * 3
 
 
+def test_a_peak_at_zero_does_not_decide_entropy() -> None:
+    """As behind a GELU: most values are nearly zero, and the others use the whole range."""
+    random = np.random.default_rng(11)
+    spread = random.uniform(-3, 3, 20_000)
+    peak = random.normal(0, 1e-4, 400_000)
+    values = np.concatenate([spread, peak]).astype(np.float32).reshape(-1, 4)
+    assert entropy_clip(observed(values), INT8) >= 0.9 * 3
+
+
 def test_entropy_clips_long_tails_of_int8() -> None:
     # Empty bins are no candidates: with lone outliers at 60, 90 and 150 one of them is chosen, and the largest are cut.
     for name, low, high in [("normal", 2.0, 4.2), ("laplace", 4.0, 10.0), ("outliers", 59.0, 61.0)]:
