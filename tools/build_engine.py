@@ -155,9 +155,15 @@ def build_engine(
             expected="a folder in diffusers' or Tencent's layout",
             fix="download the model first; hub names are not resolved",
         )
-    chosen = (
-        QuantisationRecipe(parse_precisions(precision), parse_kept(keep)) if recipe is None else read_recipe(recipe)
-    )
+    if recipe is not None and (keep or precision != "fp32"):
+        raise RequestError(
+            "a recipe file is given together with --precision or --keep.",
+            received=" ".join([f"--recipe {recipe} --precision {precision}", *(f"--keep {text}" for text in keep)]),
+            expected="one of them: the file says precisions and kept layers",
+            fix="leave --precision and --keep out",
+        )
+    stated = QuantisationRecipe(parse_precisions(precision), parse_kept(keep))
+    chosen = stated if recipe is None else read_recipe(recipe)
     request = BuildRequest(
         checkpoint=checkpoint,
         output=output,

@@ -31,7 +31,7 @@ DATA_ALIGNMENT = 64
 WRITE_BEHIND_BYTES = 128 << 20
 """How much of a file stays in the page cache behind the place of writing. Files of many gigabytes would push out all
 else, and on a virtual machine a page that was never touched costs several times the copy into it: with the same few
-pages used again and again, writing is four to five times as fast."""
+pages used again and again, writing is faster."""
 
 
 @dataclass(frozen=True)

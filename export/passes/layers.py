@@ -38,11 +38,6 @@ class Layer:
         return value
 
     @property
-    def channel_axis(self) -> int:
-        """The axis of input channels in the layer's input."""
-        return 1
-
-    @property
     def bias(self) -> ir.Value | None:
         """The layer's bias as it computes with it, if it has one."""
         return self.node.inputs[2] if len(self.node.inputs) > 2 else None

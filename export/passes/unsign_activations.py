@@ -2,8 +2,8 @@
 
 ``q + 128`` in uint8 with the zero point 128 stands for the same number as ``q`` in int8, and saturates at the same
 values. ONNX Runtime 1.31 makes the change by itself where one product reads an activation; where several share it (q, k
-and v of a block) it keeps int8, for which its ``QGemm`` packs no weights and is about fifteen times slower on a CPU
-with VNNI. The pass is for that provider alone: GPUs want symmetric int8.
+and v of a block) it keeps int8, for which its ``QGemm`` has no fast kernel, and INT8 becomes slower than fp32. The pass
+is for that provider alone: GPUs want symmetric int8.
 """
 
 from __future__ import annotations

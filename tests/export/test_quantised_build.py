@@ -282,9 +282,7 @@ def test_activations_that_are_not_finite(
     assert not output.exists()
 
 
-def test_requests_that_mean_nothing(
-    tiny_checkpoint: Path, output: Path, request_: CalibrationRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_requests_that_mean_nothing(tiny_checkpoint: Path, output: Path, request_: CalibrationRequest) -> None:
     def attempt(*stages: str, **options: object) -> Manifest:
         return build(tiny_checkpoint, output, *stages, calibration=request_, **options)  # type: ignore[arg-type]
 

@@ -121,6 +121,11 @@ def test_options_reach_the_bundle(
         (["{c}", "-o", "{o}", "--precision", "int8", "--keep", "fc1"], 2, ["--keep 'fc1'", "STAGE=PATTERN"]),
         (["{c}", "-o", "{o}", "--keep", "dit=*"], 2, ["stages that are not in 8 bits", "received: dit=*"]),
         (["{c}", "-o", "{o}", "--recipe", "{c}/nothing"], 2, ["the recipe", "cannot be read", "fix: check the path"]),
+        (
+            ["{c}", "-o", "{o}", "--recipe", "{c}/r", "--keep", "dit=*"],
+            2,
+            ["a recipe file is given together with", "--keep dit=*", "fix: leave --precision and --keep out"],
+        ),
         (["{c}", "-o", "{o}", "--precision", "int8", "--scales", "{c}/no"], 5, ["the scale file", "cannot be read"]),
         (
             ["{c}", "-o", "{o}", "--precision", "int8", "--scales", "{c}/no", "--smoothing", "0.5"],

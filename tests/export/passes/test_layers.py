@@ -44,7 +44,7 @@ def test_a_layer_is_found_under_its_weight_s_name(stored: type, bias: np.ndarray
     assert layer.weight is graph.initializers["block.fc.weight"]
     assert layer.activation is graph.inputs[0]
     assert layer.activation.shape is not None
-    assert layer.activation.shape[layer.channel_axis] == IN
+    assert layer.activation.shape[1] == IN
     assert layer.node.op_type == ("Gemm" if weight.ndim == 2 else "Conv")
     assert layer.bias is (None if bias is None else graph.initializers["block.fc.bias"])
 
