@@ -18,7 +18,7 @@ from reelforge.runtime.quality import QualityReport
 from reelforge.runtime.recipe import Recipe, Target
 from reelforge.runtime.spec import ModelSpec
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,51 @@ class WeightEntry:
 
 
 @dataclass(frozen=True)
+class ProfileEntry:
+    """One optimisation profile of a plan: the sizes that it takes.
+
+    Attributes:
+        name: The shape bucket's, for example ``720x1280x129``; or ``default`` where one profile serves all.
+        dimensions: Named dimension -> (minimum, optimum, maximum).
+        activation_bytes: Device memory that the backend asks for beside weights, inputs and outputs.
+    """
+
+    name: str
+    dimensions: dict[str, tuple[int, int, int]]
+    activation_bytes: int
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """One compiled plan of a stage, or of one part of it.
+
+    Attributes:
+        path: In the bundle, ``plans/<stage>[.<part>].<architectures>.plan``.
+        receipt: In the bundle, ``receipts/<the plan's file name>.json``.
+        architectures: Keys of ``runtime.architectures.ARCHITECTURES`` that it serves; a stage has one plan (or one
+            series of parts) per group of architectures that can share one.
+        part: Index of the part, from 0; parts of one group are run one after the other.
+        parts: How many parts the stage is cut into.
+        inputs: Of the part; a cut adds tensors that pass from part to part.
+        outputs: Likewise.
+        profiles: At least one.
+        weight_bytes: Constants inside the plan, as the receipt counts them.
+        backend: Library and version, ``tensorrt_rtx 1.7.1.116``: a plan serves no other version.
+    """
+
+    path: str
+    receipt: str
+    architectures: tuple[str, ...]
+    part: int
+    parts: int
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    profiles: tuple[ProfileEntry, ...]
+    weight_bytes: int
+    backend: str
+
+
+@dataclass(frozen=True)
 class StageEntry:
     """One stage of the bundle."""
 
@@ -56,6 +101,7 @@ class StageEntry:
     tolerance: float | None  # largest absolute difference from fp32 at output scale 1-4; None: see Manifest.quality
     parity: float | None  # largest absolute difference measured when the bundle was built; None if it was not measured
     nodes: dict[str, int]  # operator type -> count
+    plans: tuple[PlanEntry, ...] = ()  # empty where the backend runs the graph itself
 
 
 @dataclass(frozen=True)

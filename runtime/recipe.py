@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from reelforge.runtime.architectures import ARCHITECTURES
 from reelforge.runtime.errors import RequestError
 
 
@@ -18,6 +19,7 @@ class Precision(enum.Enum):
     """Arithmetic of a stage's matrix products and convolutions; norms, softmax and latents stay in fp32."""
 
     FP32 = "fp32"
+    BF16 = "bf16"
     FP16 = "fp16"
     INT8 = "int8"  # symmetric, a scale per output channel of the weight and one per activation tensor
     FP8 = "fp8"  # E4M3, likewise
@@ -31,7 +33,15 @@ class Precision(enum.Enum):
 class Backend(enum.Enum):
     """What executes the engines."""
 
-    CPU = "cpu"
+    CPU = "cpu"  # ONNX Runtime
+    CUDA = "cuda"  # ONNX Runtime on an NVIDIA GPU
+    RTX = "rtx"  # TensorRT-RTX
+    TRT = "trt"  # TensorRT
+
+    @property
+    def has_plans(self) -> bool:
+        """Whether stages become plans: compiled for named GPU architectures when the bundle is built."""
+        return self in (Backend.RTX, Backend.TRT)
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,13 @@ class VideoShape:
 
 @dataclass(frozen=True)
 class Target:
-    """Backend and architectures, written ``cpu`` (later ``rtx:sm89+sm120``)."""
+    """Backend and GPU architectures, written ``cpu``, ``cuda``, ``rtx:sm89+sm120`` or ``trt:sm90``.
+
+    Attributes:
+        backend: What executes the engines.
+        architectures: Keys of ``runtime.architectures.ARCHITECTURES`` in ascending order; empty where the backend
+            compiles when it loads.
+    """
 
     backend: Backend
     architectures: tuple[str, ...] = ()
@@ -78,17 +94,30 @@ class Target:
         """Read a target as the command line writes it.
 
         Raises:
-            RequestError: For an unknown backend, or architectures where the backend has none.
+            RequestError: For an unknown backend, architectures that it does not compile for, none where it needs them,
+                or some where it has none.
         """
-        name, _, architectures = text.partition(":")
-        if name not in {backend.value for backend in Backend} or architectures:
-            raise RequestError(
-                f"the target {text!r} is not known.",
-                received=text,
-                expected=" or ".join(backend.value for backend in Backend),
-                fix="use --target cpu",
+        name, _, rest = text.partition(":")
+        backend = next((member for member in Backend if member.value == name), None)
+        if backend is None:
+            raise _unknown_target(text, " or ".join(member.value for member in Backend), "cpu")
+        words = [word.strip() for word in rest.split("+")] if rest else []
+        if not backend.has_plans:
+            if words:
+                raise _unknown_target(text, f"{name}, without architectures", name)
+            return cls(backend)
+        known = [key for key, one in ARCHITECTURES.items() if name in one.backends]
+        if not words or len(set(words)) != len(words) or not set(words) <= set(known):
+            raise _unknown_target(
+                text, f"{name}: and some of {', '.join(known)}, joined by +, each once", f"{name}:{known[-1]}"
             )
-        return cls(Backend(name))
+        return cls(backend, tuple(key for key in known if key in words))
+
+
+def _unknown_target(text: str, expected: str, example: str) -> RequestError:
+    return RequestError(
+        f"the target {text!r} is not known.", received=text, expected=expected, fix=f"use --target {example}"
+    )
 
 
 @dataclass(frozen=True)

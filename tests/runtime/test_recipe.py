@@ -77,7 +77,7 @@ def test_precisions_in_any_order(chosen: dict[str, Precision], random: object) -
         ("", ""),
         ("int4", "int4"),
         ("INT8", "INT8"),
-        ("dit=bf16", "dit=bf16"),
+        ("dit=bf8", "dit=bf8"),
         ("dit", "dit"),
         ("dit=", "dit="),
         ("=int8", "=int8"),
@@ -93,7 +93,7 @@ def test_precisions_that_cannot_be_read(text: str, item: str) -> None:
     require_message(
         caught.value,
         f"the precision {item!r} cannot be read",
-        f"received: {text}   expected: fp32, fp16, int8, fp8; or stage=precision, each stage once",
+        f"received: {text}   expected: fp32, bf16, fp16, int8, fp8; or stage=precision, each stage once",
         "fix: write for example int8, or dit=fp8,llm=int8",
     )
 
@@ -175,7 +175,7 @@ def test_recipe_files_survive(recipe: QuantisationRecipe) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("precision", {"dit": "int4"}, r"\$\.precision\.dit: expected one of 'fp32', 'fp16', 'int8', 'fp8'"),
+        ("precision", {"dit": "int4"}, r"\$\.precision\.dit: expected one of 'fp32', 'bf16', 'fp16', 'int8', 'fp8'"),
         ("precision", ["int8"], r"\$\.precision: expected an object"),
         ("batch", "2", r"\$\.batch: expected int, received '2'"),
         ("shapes", [{"height": 16, "width": 16}], r"\$\.shapes\[0\]: .*missing fields \['frames'\]"),
@@ -214,11 +214,26 @@ def test_shapes_that_cannot_be_read(text: str) -> None:
 def test_targets() -> None:
     assert Target.parse("cpu") == Target(Backend.CPU)
     assert str(Target.parse("cpu")) == "cpu"
-    assert str(Target(Backend.CPU, ("a", "b"))) == "cpu:a+b"
+    assert Target.parse("cuda") == Target(Backend.CUDA)
+    assert Target.parse("rtx:sm120+sm89") == Target(Backend.RTX, ("sm89", "sm120"))
+    assert str(Target.parse("rtx:sm120+ sm89")) == "rtx:sm89+sm120"
+    assert Target.parse("trt:sm90") == Target(Backend.TRT, ("sm90",))
 
 
-@pytest.mark.parametrize("text", ["", "tpu", "cpu:avx2", "CPU"])
-def test_targets_that_are_not_known(text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "expected", "fix"),
+    [
+        ("", "cpu or cuda or rtx or trt", "cpu"),
+        ("tpu", "cpu or cuda or rtx or trt", "cpu"),
+        ("CPU", "cpu or cuda or rtx or trt", "cpu"),
+        ("cpu:avx2", "cpu, without architectures", "cpu"),
+        ("rtx", "rtx: and some of sm75, sm80, sm86, sm89, sm120, sm121", "rtx:sm121"),
+        ("rtx:sm90", "rtx: and some of sm75, sm80, sm86, sm89, sm120, sm121", "rtx:sm121"),
+        ("rtx:sm89+sm89", "rtx: and some of sm75, sm80, sm86, sm89, sm120, sm121, joined by +, each once", "rtx:sm121"),
+        ("trt:sm89+", "trt: and some of sm75", "trt:sm121"),
+    ],
+)
+def test_targets_that_are_not_known(text: str, expected: str, fix: str) -> None:
     with pytest.raises(RequestError) as caught:
         Target.parse(text)
-    require_message(caught.value, f"the target {text!r} is not known", "expected: cpu", "fix: use --target cpu")
+    require_message(caught.value, f"the target {text!r} is not known", f"expected: {expected}", f"--target {fix}")

@@ -80,7 +80,7 @@ def test_recipe_files_that_are_not_there(tmp_path: Path) -> None:
         (b"{}", "missing fields ['kept', 'precision']"),
         (b'{"precision": {"dit": "int8"}}', "missing fields ['kept']"),
         (b'{"precision": {}, "kept": {}, "batch": 2}', "unknown fields ['batch']"),
-        (b'{"precision": {"dit": "int4"}, "kept": {}}', "$.precision.dit: expected one of 'fp32', 'fp16'"),
+        (b'{"precision": {"dit": "int4"}, "kept": {}}', "$.precision.dit: expected one of 'fp32', 'bf16'"),
         (b'{"precision": {"dit": "int8"}, "kept": {"dit": "single.*"}}', "$.kept.dit: expected a list"),
         (b'{"precision": {"dit": "int8"}, "kept": ["dit"]}', "$.kept: expected an object"),
     ],
