@@ -1,7 +1,7 @@
 """What one plan is to be compiled from and what must be found in it, as data that crosses to a child process.
 
-Nothing here imports a compiler. A plan belongs to one stage, or one part of a stage, and to architectures that can share
-a plan.
+Nothing here imports a compiler. A plan belongs to one stage, or one part of a stage, and to architectures that can
+share it.
 """
 
 from __future__ import annotations
