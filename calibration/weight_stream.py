@@ -4,39 +4,33 @@ Pieces are cut again to whole rows (output channels), and each row goes through 
 scale, division, rounding and saturation while it lies in the cache, so memory does not depend on the weight's size. The
 codes and scales are those of ``quantise(weight, weight_scales(weight))``, bit for bit.
 
-Why PyTorch: its cast to FP8 is vectorised, unlike that of ``ml_dtypes``, and takes fewer passes than integer
-arithmetic in NumPy. It equals ``ml_dtypes`` for every fp32 number up to 448 in magnitude (compared exhaustively, in its
-AVX-512, AVX2 and portable variants); beyond 464 it gives NaN, which no quotient here reaches.
-
-The module does not know where bytes come from or go to, nor how the factors to fold were chosen.
+The module does not know where bytes come from or go to, nor how the factors to fold were chosen, nor which library
+casts (``casts``).
 """
 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from reelforge.calibration import cast_numpy
+from reelforge.calibration.casts import Casts
 from reelforge.calibration.errors import CalibrationError
-from reelforge.calibration.number_formats import FP8_E4M3, INT8, NumberFormat
+from reelforge.calibration.number_formats import NumberFormat
 from reelforge.calibration.scale_methods import scales_of_maxima
+from reelforge.calibration.weight_maxima import STORED
 
 BLOCK_ELEMENTS = 1 << 19
 """Elements that are worked on at a time, 2 MB in fp32: with much larger ones the caches are of no use, and with much
 smaller ones threads spend their time handing the interpreter's lock to each other."""
 
-_STORED: dict[str, torch.dtype] = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_CODES: dict[NumberFormat, torch.dtype] = {INT8: torch.int8, FP8_E4M3: torch.float8_e4m3fn}
 _UNSIGNED: dict[int, type[np.unsignedinteger[Any]]] = {2: np.uint16, 4: np.uint32}
 _SIGNED: dict[int, type[np.signedinteger[Any]]] = {2: np.int16, 4: np.int32}
-_thread_count = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,22 +50,6 @@ class WeightQuantisation:
     row_divisors: NDArray[np.float32] | None = None
 
 
-@contextmanager
-def one_thread_per_operation() -> Iterator[None]:
-    """Keep PyTorch from splitting operations over threads of its own in threads that start inside the block.
-
-    For callers that spread weights over threads themselves: both together would be several threads per core. The
-    setting belongs to the process, hence only one such block runs at a time and the others wait.
-    """
-    with _thread_count:
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
-
-
 def quantised_pieces(
     name: str,
     dtype: str,
@@ -79,6 +57,7 @@ def quantised_pieces(
     pieces: Iterable[NDArray[np.uint8]],
     how: WeightQuantisation,
     scales: NDArray[np.float32],
+    casts: Casts = cast_numpy,
 ) -> Iterator[NDArray[np.uint8]]:
     """Return the stream of a weight's codes, and fill in its scales on the way.
 
@@ -89,6 +68,7 @@ def quantised_pieces(
         pieces: The weight's bytes in order, cut anywhere; each must stay valid until the next one is asked for.
         how: Format and folds.
         scales: fp32 ``[rows]``, contiguous; each row's scale is there once the row's codes have been yielded.
+        casts: How numbers are cast; see :func:`reelforge.calibration.casts.choose_casts`.
 
     Returns:
         Bytes of the codes in order, each piece valid until the next one is asked for.
@@ -98,11 +78,11 @@ def quantised_pieces(
         ValueError: If shapes do not fit, or factors are not positive and finite; on iterating, if the stream is cut
             short or too long.
     """
-    if dtype not in _STORED:
+    if dtype not in STORED:
         raise CalibrationError(
             f"the weight {name!r} cannot be quantised.",
             received=f"values of type {dtype}",
-            expected=" or ".join(_STORED),
+            expected=" or ".join(sorted(STORED)),
             fix="use a checkpoint that is not quantised already, or keep the stage in high precision",
         )
     if len(shape) < 2:
@@ -111,7 +91,7 @@ def quantised_pieces(
         raise ValueError(f"scales of {name!r} must be contiguous fp32 {[shape[0]]}")
     _check_factors(name, "column factors", how.column_factors, shape[1])
     _check_factors(name, "row divisors", how.row_divisors, shape[0])
-    return _quantised(name, _STORED[dtype], (shape[0], math.prod(shape[1:])), pieces, how, scales)
+    return _quantised(name, STORED[dtype], (shape[0], math.prod(shape[1:])), pieces, how, scales, casts)
 
 
 def _check_factors(name: str, what: str, factors: NDArray[np.float32] | None, length: int) -> None:
@@ -127,51 +107,50 @@ def _check_factors(name: str, what: str, factors: NDArray[np.float32] | None, le
 
 def _quantised(
     name: str,
-    stored: torch.dtype,
+    stored: np.dtype[Any],
     shape: tuple[int, int],
     pieces: Iterable[NDArray[np.uint8]],
     how: WeightQuantisation,
     scales: NDArray[np.float32],
+    casts: Casts,
 ) -> Iterator[NDArray[np.uint8]]:
     rows, columns = shape
     scales.fill(1)  # stays where there are no columns
     if rows == 0 or columns == 0:
         return
     row_bytes = columns * stored.itemsize
-    scratch = torch.empty((min(max(1, BLOCK_ELEMENTS // columns), rows), columns), dtype=torch.float32)
-    by_column = _column_multiplier(how, columns)
-    by_row = None if how.row_divisors is None else torch.tensor(how.row_divisors)
+    scratch = np.empty((min(max(1, BLOCK_ELEMENTS // columns), rows), columns), np.float32)
+    by_column, by_row = _column_multiplier(how, columns), how.row_divisors
     buffer = np.empty(0, np.uint8)
     row = 0
     for part in _whole_rows(pieces, row_bytes):
         count = len(part) // row_bytes
         if row + count > rows:
             raise ValueError(f"the stream of {name!r} is longer than {rows} rows")
-        if part.ctypes.data % stored.itemsize or not part.flags.writeable:  # PyTorch wants neither
+        if part.ctypes.data % stored.itemsize:
             part = part.copy()
         if len(buffer) < count * columns:
             buffer = np.empty(count * columns, np.uint8)
-        values = torch.from_numpy(part).view(stored).view(count, columns)
-        codes = torch.from_numpy(buffer[: count * columns]).view(_CODES[how.number_format]).view(count, columns)
+        values = part.view(stored).reshape(count, columns)
+        codes = buffer[: count * columns].reshape(count, columns)
         if by_column is None and by_row is None:  # in one go, and over half as many bytes as in fp32
             _choose_scales(name, values, row, how, scales)
         for first in range(0, count, len(scratch)):
             block = values[first : first + len(scratch)]
             start, stop = row + first, row + first + len(block)
             numbers = scratch[: len(block)]
-            numbers.copy_(block)
-            if by_column is not None:
-                numbers.mul_(by_column)
-            if by_row is not None:
-                numbers.div_(by_row[start:stop, None])
+            casts.widen(block, numbers)
             if by_column is not None or by_row is not None:
+                with np.errstate(over="ignore", invalid="ignore"):  # named below
+                    if by_column is not None:
+                        np.multiply(numbers, by_column, out=numbers)
+                    if by_row is not None:
+                        np.divide(numbers, by_row[start:stop, None], out=numbers)
                 _choose_scales(name, numbers, start, how, scales)
-            numbers.div_(torch.from_numpy(scales[start:stop])[:, None])
+            np.divide(numbers, scales[start:stop, None], out=numbers)
             # Nothing to saturate: the scale's own rounding lifts a quotient above the largest value by one unit in the
             # last place at most, which the cast rounds off.
-            if how.number_format.mantissa_bits is None:
-                numbers.round_()  # half to even
-            codes[first : first + len(block)].copy_(numbers)
+            casts.narrow(numbers, how.number_format, codes[first : first + len(block)])
         row += count
         yield buffer[: count * columns]
     if row != rows:
@@ -179,7 +158,7 @@ def _quantised(
 
 
 def _choose_scales(
-    name: str, values: torch.Tensor, first: int, how: WeightQuantisation, scales: NDArray[np.float32]
+    name: str, values: NDArray[Any], first: int, how: WeightQuantisation, scales: NDArray[np.float32]
 ) -> None:
     """Fill in the scales of the rows from ``first`` on, which hold ``values``."""
     maxima = _row_maxima(values)
@@ -195,26 +174,25 @@ def _choose_scales(
     scales[first : first + len(maxima)] = scales_of_maxima(maxima, how.number_format)
 
 
-def _row_maxima(values: torch.Tensor) -> NDArray[np.float32]:
+def _row_maxima(values: NDArray[Any]) -> NDArray[np.float32]:
     """Return the largest magnitude of each row, fp32; not finite if the row holds NaN or infinities.
 
     Compares bit patterns: magnitudes of one sign are ordered as the integers that hold them, NaN above infinity.
     """
     size = values.dtype.itemsize
-    words = values.view({2: torch.int16, 4: torch.int32}[size]).numpy()
+    words = values.view(_SIGNED[size])
     positive = np.maximum(words.max(axis=1), 0).view(_UNSIGNED[size])
     # As unsigned numbers all negative values come after the positive ones; if there are none this is `positive` again.
     other = words.view(_UNSIGNED[size]).max(axis=1) & np.iinfo(_SIGNED[size]).max
-    largest = np.maximum(positive, other).astype(_UNSIGNED[size]).view(_SIGNED[size])
-    maxima: NDArray[np.float32] = torch.from_numpy(largest).view(values.dtype).float().numpy()
-    return maxima
+    largest = np.maximum(positive, other).astype(_UNSIGNED[size])
+    return np.asarray(largest.view(values.dtype).astype(np.float32))
 
 
-def _column_multiplier(how: WeightQuantisation, columns: int) -> torch.Tensor | None:
+def _column_multiplier(how: WeightQuantisation, columns: int) -> NDArray[np.float32] | None:
     """Return a factor per element of a row: an input channel of a convolution has several."""
     if how.column_factors is None:
         return None
-    return torch.from_numpy(np.repeat(how.column_factors, columns // len(how.column_factors)))
+    return np.repeat(how.column_factors, columns // len(how.column_factors))
 
 
 def _whole_rows(pieces: Iterable[NDArray[np.uint8]], row_bytes: int) -> Iterator[NDArray[np.uint8]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +19,11 @@ from reelforge.calibration.rules import Fold, FoldKind, Formats, SmoothingGroup,
 from reelforge.calibration.scale_file import ScaleFile, ScaleKind, tensor_name
 from reelforge.calibration.weight_stream import WeightQuantisation
 from reelforge.export.passes.quantise_attention import AttentionScales
-from reelforge.export.stage import Stage
 from reelforge.runtime.errors import RequestError
 from reelforge.runtime.recipe import Precision, Recipe
+
+if TYPE_CHECKING:  # importing it imports PyTorch
+    from reelforge.export.stage import Stage
 
 NUMBER_FORMATS: Mapping[Precision, NumberFormat] = {Precision.INT8: INT8, Precision.FP8: FP8_E4M3}
 

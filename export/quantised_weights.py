@@ -7,6 +7,7 @@ graphs, nor which layers are worth quantising.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
@@ -14,8 +15,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from reelforge.calibration.casts import Casts, CastWork, choose_casts
 from reelforge.calibration.number_formats import FORMATS
-from reelforge.calibration.weight_stream import WeightQuantisation, one_thread_per_operation, quantised_pieces
+from reelforge.calibration.weight_stream import WeightQuantisation, quantised_pieces
 from reelforge.export.checkpoint.digest import THREADS, Progress, ProgressMeter
 from reelforge.export.checkpoint.safetensors_writer import StreamedTensor, WrittenTensor, write_safetensors
 from reelforge.export.checkpoint.sources import Resolved
@@ -65,9 +67,10 @@ def place_quantised(
     writer.require_space(quantised_bytes(weights, plan))
     scales = {name: np.ones(weights[name].shape[0], np.float32) for name in plan}
     meter = ProgressMeter(progress)
+    casts = casts_for(weights, plan)
     streams = {}
     for name, how in plan.items():
-        stream = _codes(f"{stage_name}.{name}", weights[name], how, scales[name], meter)
+        stream = _codes(f"{stage_name}.{name}", weights[name], how, scales[name], meter, casts)
         streams[name] = StreamedTensor(
             name, how.number_format.safetensors_name, weights[name].shape, partial(iter, stream)
         )
@@ -75,7 +78,8 @@ def place_quantised(
     for number_format in FORMATS.values():
         chosen = [name for name, how in plan.items() if how.number_format == number_format]
         file = f"weights/{stage_name}.{number_format.name}.safetensors"
-        codes.update(_write(writer, file, [streams[name] for name in chosen], threads))
+        with casts.one_thread_per_operation():
+            codes.update(_write(writer, file, [streams[name] for name in chosen], threads))
     tensors = [
         StreamedTensor(f"{name}{SCALE_SUFFIX}", "F32", values.shape, partial(_whole, values))
         for name, values in scales.items()
@@ -90,12 +94,18 @@ def quantised_bytes(weights: Mapping[str, Resolved], plan: Mapping[str, WeightQu
     return sum(nbytes_of(dtype, shape) + nbytes_of("F32", shape[:1]) for shape, dtype in shapes)
 
 
+def casts_for(weights: Mapping[str, Resolved], plan: Mapping[str, WeightQuantisation]) -> Casts:
+    """Return the library that casts the planned weights."""
+    return choose_casts(
+        CastWork(weights[name].dtype, math.prod(weights[name].shape), how.number_format) for name, how in plan.items()
+    )
+
+
 def _write(writer: BundleWriter, file: str, tensors: list[StreamedTensor], threads: int) -> dict[str, WeightEntry]:
     """Write one file, if there is anything to write, and return its entries by tensor."""
     if not tensors:
         return {}
-    with one_thread_per_operation():
-        written = write_safetensors(writer.path(file), tensors, threads=threads)
+    written = write_safetensors(writer.path(file), tensors, threads=threads)
     return {name: _entry(file, tensor) for name, tensor in written.items()}
 
 
@@ -106,7 +116,12 @@ def _entry(file: str, written: WrittenTensor) -> WeightEntry:
 
 
 def _codes(
-    name: str, weight: Resolved, how: WeightQuantisation, scales: NDArray[np.float32], meter: ProgressMeter
+    name: str,
+    weight: Resolved,
+    how: WeightQuantisation,
+    scales: NDArray[np.float32],
+    meter: ProgressMeter,
+    casts: Casts,
 ) -> Iterator[NDArray[np.uint8]]:
     """Return the stream of one weight's codes; what does not fit is found now, nothing is read yet."""
 
@@ -115,7 +130,7 @@ def _codes(
             yield piece
             meter.advance(piece.nbytes)
 
-    return quantised_pieces(name, weight.dtype, weight.shape, counted(), how, scales)
+    return quantised_pieces(name, weight.dtype, weight.shape, counted(), how, scales, casts)
 
 
 def row_pieces(weight: Resolved) -> Iterator[NDArray[np.uint8]]:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from reelforge.calibration.casts import Casts
 from reelforge.calibration.scale_file import read_scale_file
-from reelforge.calibration.weight_stream import WeightQuantisation, one_thread_per_operation, quantised_pieces
+from reelforge.calibration.weight_stream import WeightQuantisation, quantised_pieces
 from reelforge.export.checkpoint.digest import digest
 from reelforge.export.checkpoint.open import open_checkpoint
 from reelforge.export.checkpoint.sources import Resolved
@@ -22,7 +23,7 @@ from reelforge.export.folded_weight import FoldedWeight
 from reelforge.export.models.hunyuan_video.spec_from_checkpoint import Numerics
 from reelforge.export.quantisation import StagePlan, attention_formats, plan_quantisation, quantised_formats
 from reelforge.export.quantised_build import SCALES_NAME
-from reelforge.export.quantised_weights import SCALE_SUFFIX, row_pieces
+from reelforge.export.quantised_weights import SCALE_SUFFIX, casts_for, row_pieces
 from reelforge.export.stage import Stage
 from reelforge.export.weights import resolve_stages
 from reelforge.runtime.bundle.open import Bundle
@@ -82,15 +83,16 @@ def _digests(stage: str, resolved: Mapping[str, Resolved], plan: StagePlan) -> d
     eight_bit = {f"{layer}.weight": layer_plan.weight for layer, layer_plan in plan.layers.items()}
     plain = {name: weight for name, weight in {**resolved, **folded}.items() if name not in eight_bit}
     digests = {name: found.sha256 for name, found in digest(plain).items()}
-    with one_thread_per_operation():
+    casts = casts_for(resolved, eight_bit)
+    with casts.one_thread_per_operation():
         for name, how in eight_bit.items():
-            digests[name], digests[f"{name}{SCALE_SUFFIX}"] = _of_codes(f"{stage}.{name}", resolved[name], how)
+            digests[name], digests[f"{name}{SCALE_SUFFIX}"] = _of_codes(f"{stage}.{name}", resolved[name], how, casts)
     return digests
 
 
-def _of_codes(name: str, weight: Resolved, how: WeightQuantisation) -> tuple[str, str]:
+def _of_codes(name: str, weight: Resolved, how: WeightQuantisation, casts: Casts) -> tuple[str, str]:
     scales = np.ones(weight.shape[0], np.float32)
     sha = hashlib.sha256()
-    for piece in quantised_pieces(name, weight.dtype, weight.shape, row_pieces(weight), how, scales):
+    for piece in quantised_pieces(name, weight.dtype, weight.shape, row_pieces(weight), how, scales, casts):
         sha.update(piece.data)
     return sha.hexdigest(), hashlib.sha256(scales.tobytes()).hexdigest()

@@ -8,17 +8,17 @@ from collections.abc import Iterator
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from reelforge.calibration import weight_stream
+from reelforge.calibration import cast_numpy, cast_torch, weight_stream
+from reelforge.calibration.casts import Casts
 from reelforge.calibration.errors import CalibrationError
 from reelforge.calibration.number_formats import FORMATS, FP8_E4M3, INT8, NumberFormat, dequantise, quantise
 from reelforge.calibration.scale_methods import weight_scales
 from reelforge.calibration.smoothing import fold_into_affine, fold_into_weight
-from reelforge.calibration.weight_stream import WeightQuantisation, one_thread_per_operation, quantised_pieces
+from reelforge.calibration.weight_stream import WeightQuantisation, quantised_pieces
 
 STORED = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 every_format = pytest.mark.parametrize("number_format", FORMATS.values(), ids=list(FORMATS))
@@ -37,11 +37,21 @@ def cut(data: bytes, size: int) -> Iterator[np.ndarray]:
 
 
 def stream(weight: np.ndarray, how: WeightQuantisation, size: int = 1 << 20) -> tuple[np.ndarray, np.ndarray]:
-    """Return (codes, scales) of the stream."""
+    """Return (codes, scales) of the stream, with both libraries' casts, which must agree in every bit."""
+    codes, scales = stream_with(cast_numpy, weight, how, size)
+    other_codes, other_scales = stream_with(cast_torch, weight, how, size)
+    np.testing.assert_array_equal(codes.view(np.uint8), other_codes.view(np.uint8))
+    np.testing.assert_array_equal(scales, other_scales)
+    return codes, scales
+
+
+def stream_with(
+    casts: Casts, weight: np.ndarray, how: WeightQuantisation, size: int = 1 << 20
+) -> tuple[np.ndarray, np.ndarray]:
     names = {stored: name for name, stored in STORED.items()}
     scales = np.full(weight.shape[0], np.nan, np.float32)
     pieces = cut(weight.tobytes(), size)
-    written = quantised_pieces("w", names[weight.dtype], weight.shape, pieces, how, scales)
+    written = quantised_pieces("w", names[weight.dtype], weight.shape, pieces, how, scales, casts)
     data = b"".join(piece.tobytes() for piece in written)
     return np.frombuffer(data, how.number_format.dtype).reshape(weight.shape), scales
 
@@ -200,14 +210,15 @@ def test_empty_weights(number_format: NumberFormat, shape: tuple[int, int]) -> N
 @every_dtype
 @pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("folds", [False, True])
+@pytest.mark.parametrize("casts", [cast_numpy, cast_torch], ids=["numpy", "torch"])
 def test_values_that_are_not_finite_are_named(
-    number_format: NumberFormat, dtype: str, value: float, folds: bool
+    number_format: NumberFormat, dtype: str, value: float, folds: bool, casts: Casts
 ) -> None:
     weight = np.full((6, 5), -1, STORED[dtype])
     weight[4, 2] = value
     how = WeightQuantisation(number_format, *([np.ones(5, np.float32), np.ones(6, np.float32)] if folds else []))
     with pytest.raises(CalibrationError) as caught:
-        stream(weight, how, 11)
+        stream_with(casts, weight, how, 11)
     message = str(caught.value)
     assert "the weight 'w' holds values that are not finite" in message
     assert "received: NaN or infinity in output channel 4   expected: finite values" in message
@@ -251,14 +262,17 @@ def test_streams_of_another_length(length: int, message: str) -> None:
         list(quantised_pieces("w", "F32", (4, 2), pieces, WeightQuantisation(INT8), np.ones(4, np.float32)))
 
 
-def test_pieces_that_cannot_be_written_to_or_lie_askew() -> None:
+@pytest.mark.parametrize("casts", [cast_numpy, cast_torch], ids=["numpy", "torch"])
+@pytest.mark.filterwarnings("error")
+def test_pieces_that_cannot_be_written_to_or_lie_askew(casts: Casts) -> None:
     weight = np.arange(-20, 20, dtype=np.float32).reshape(4, 10)
     expected, _ = stream(weight, WeightQuantisation(INT8))
     askew = np.frombuffer(b"x" + weight.tobytes(), np.uint8)[1:]
     assert not askew.flags.writeable
     scales = np.ones(4, np.float32)
-    written = list(quantised_pieces("w", "F32", (4, 10), [askew], WeightQuantisation(INT8), scales))
-    assert b"".join(piece.tobytes() for piece in written) == expected.tobytes()
+    for data in (askew, np.frombuffer(weight.tobytes(), np.uint8)):
+        written = list(quantised_pieces("w", "F32", (4, 10), [data], WeightQuantisation(INT8), scales, casts))
+        assert b"".join(piece.tobytes() for piece in written) == expected.tobytes()
 
 
 def test_memory_does_not_depend_on_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,21 +291,3 @@ def test_memory_does_not_depend_on_the_weight(monkeypatch: pytest.MonkeyPatch) -
     for _ in range(5):
         next(written)
     assert taken == 5
-
-
-def test_the_number_of_threads_is_restored() -> None:
-    inside = []
-
-    def fail() -> None:
-        with one_thread_per_operation():
-            inside.append(torch.get_num_threads())
-            raise KeyError
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        with pytest.raises(KeyError):
-            fail()
-        assert (inside, torch.get_num_threads()) == ([1], 3)
-    finally:
-        torch.set_num_threads(before)

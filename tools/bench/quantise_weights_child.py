@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from reelforge.calibration.cast_torch import one_thread_per_operation
 from reelforge.calibration.number_formats import FORMATS, INT8, NumberFormat
-from reelforge.calibration.weight_stream import WeightQuantisation, one_thread_per_operation
+from reelforge.calibration.weight_stream import WeightQuantisation
 from reelforge.export.checkpoint.open import open_checkpoint
 from reelforge.export.checkpoint.safetensors_writer import StreamedTensor, write_safetensors
 from reelforge.export.checkpoint.sources import Resolved
