@@ -84,6 +84,8 @@ def resolve_request(request: Request, manifest: Manifest, bundle_name: str) -> R
     problems += _number_problems("shift", shift, defaults.shift)
     if request.guidance is not None and not manifest.spec.dit.guidance_embedding:
         problems.append(_Problem(f"guidance={guidance!r}", "no guidance: this model takes none", "leave guidance out"))
+    if manifest.target.backend.has_plans and not problems:
+        problems += _plan_problems(VideoShape(**sizes), steps, manifest)
     if problems:
         names = ", ".join(problem.received for problem in problems)
         raise RequestError(
@@ -134,6 +136,32 @@ def _size_problem(name: str, value: object, manifest: Manifest) -> _Problem | No
     if not inside and value >= smallest and value % step == offset % step:
         hint += ", or rebuild with a shape that covers it"
     return _Problem(f"{name}={value}", expected, hint)
+
+
+def _plan_problems(shape: VideoShape, steps: int, manifest: Manifest) -> list[_Problem]:
+    """Plans are compiled for single shapes, not for the range that these span, and for so many steps at most."""
+    problems = []
+    shapes = manifest.recipe.shapes
+    if all(shape != one and shape != VideoShape(one.height, one.width, 1) for one in shapes):
+        listed = ", ".join(str(one) for one in shapes)
+        nearest = min(shapes, key=lambda one: abs(math.log(one.height * one.width / (shape.height * shape.width))))
+        problems.append(
+            _Problem(
+                f"shape={shape}",
+                f"shape one of {listed}, or one frame of such a size",
+                f"use shape={nearest}, or rebuild with --shapes {listed.replace(' ', '')},{shape}",
+            )
+        )
+    limits = [
+        profile.dimensions["steps"][2]
+        for stage in manifest.stages
+        for plan in stage.plans
+        for profile in plan.profiles
+        if "steps" in profile.dimensions
+    ]
+    if limits and steps > min(limits):
+        problems.append(_Problem(f"steps={steps}", f"steps up to {min(limits)}", f"use steps={min(limits)}"))
+    return problems
 
 
 def _integer_problems(name: str, value: object, low: int, high: int | None, default: int) -> list[_Problem]:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.errors import RequestError
-from reelforge.runtime.manifest import Manifest
-from reelforge.runtime.recipe import VideoShape
+from reelforge.runtime.manifest import Manifest, PlanEntry, ProfileEntry
+from reelforge.runtime.recipe import Target, VideoShape
 from reelforge.runtime.request import Request, default_shape, resolve_request
 
 
@@ -128,3 +128,39 @@ def test_what_passes_is_on_the_grid_and_what_fails_says_how_to_pass(
         assert 32 <= shape.height <= 128
         assert 64 <= shape.width <= 96
         assert shape.frames == 1 or 9 <= shape.frames <= 33
+
+
+# Plans
+
+
+def with_plans(manifest: Manifest, *shapes: str) -> Manifest:
+    """The manifest of a bundle for a GPU, whose refiner takes at most 30 steps."""
+    profile = ProfileEntry("default", {"steps": (1, 20, 30), "text_tokens": (1, 64, 256)}, 0)
+    plan = PlanEntry("plans/r.plan", "receipts/r.json", ("sm89",), 0, 1, (), (), (profile,), 0, "tensorrt_rtx 1")
+    stages = tuple(replace(stage, plans=(plan,) if stage.name == "refiner" else ()) for stage in manifest.stages)
+    return replace(with_shapes(manifest, *shapes), target=Target.parse("rtx:sm89"), stages=stages)
+
+
+@pytest.mark.parametrize("shape", ["32x64x9", "64x32x17", "32x64x1", "64x32x1"])
+def test_plans_serve_their_shapes_and_single_frames(manifest: Manifest, shape: str) -> None:
+    wanted = VideoShape.parse(shape)
+    request = Request("", wanted.height, wanted.width, wanted.frames, steps=30)
+    assert resolve_request(request, with_plans(manifest, "32x64x9", "64x32x17"), "x").shape == wanted
+
+
+@pytest.mark.parametrize("shape", ["32x64x17", "64x32x9", "32x32x9", "64x64x1"])
+def test_plans_serve_no_shapes_in_between(manifest: Manifest, shape: str) -> None:
+    wanted = VideoShape.parse(shape)
+    served = with_plans(manifest, "32x64x9", "64x32x17")
+    with pytest.raises(RequestError) as caught:
+        resolve_request(Request("", wanted.height, wanted.width, wanted.frames), served, "gpu.bundle")
+    message = str(caught.value)
+    assert f"shape={shape} is not supported by bundle 'gpu.bundle'" in message
+    assert "one of 32x64x9, 64x32x17, or one frame of such a size" in message
+    assert f"--shapes 32x64x9,64x32x17,{shape}" in message
+
+
+def test_plans_serve_so_many_steps(manifest: Manifest) -> None:
+    with pytest.raises(RequestError, match="steps up to 30") as caught:
+        resolve_request(Request("", 32, 64, 9, steps=31), with_plans(manifest, "32x64x9"), "x")
+    assert "fix: use steps=30" in str(caught.value)
