@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -36,14 +36,18 @@ from reelforge.export.passes.quantise_layers import QuantisedLayer, QuantiseLaye
 from reelforge.export.passes.unsign_activations import UnsignActivationsPass
 from reelforge.export.quantisation import NUMBER_FORMATS, StagePlan, plan_quantisation
 from reelforge.export.quantised_weights import place_quantised
-from reelforge.export.stage import Stage
 from reelforge.runtime.bundle.open import Bundle, Check
 from reelforge.runtime.bundle.write import BundleWriter
 from reelforge.runtime.manifest import StageEntry, WeightEntry
 from reelforge.runtime.recipe import Precision, VideoShape
 
+if TYPE_CHECKING:  # importing it imports PyTorch
+    from reelforge.export.stage import Stage
+
 STAGE = "dit"
-PACKAGES = ("reelforge", "onnxruntime", "onnx-ir", "torch")
+PACKAGES = {"reelforge": "reelforge", "onnxruntime": "onnxruntime", "onnx_ir": "onnx-ir", "torch": "torch"}
+"""Modules whose packages are named with the result, if they were imported."""
+
 _DTYPES = {
     "F32": ir.DataType.FLOAT,
     "F16": ir.DataType.FLOAT16,
@@ -96,7 +100,7 @@ def quantise(job: Job) -> None:
         shape=None if job.shape is None else VideoShape.parse(job.shape),
     )
     scales = ScaleFile(Path(job.output), *calibrate(bundle, formats, rules.groups, options))
-    stages = {entry.name: cast(Stage, _Parameters(entry)) for entry in bundle.manifest.stages}
+    stages = {entry.name: cast("Stage", _Parameters(entry)) for entry in bundle.manifest.stages}
     plans = plan_quantisation(formats, {}, rules.groups, scales, stages)
     with BundleWriter(job.output) as writer:
         entries = tuple(
@@ -198,7 +202,8 @@ def main(path: str) -> None:
     started = time.monotonic()
     quantise(job)
     seconds = time.monotonic() - started
-    print(json.dumps({"seconds": seconds, "versions": {name: version(name) for name in PACKAGES}}))
+    versions = {package: version(package) for module, package in PACKAGES.items() if module in sys.modules}
+    print(json.dumps({"seconds": seconds, "versions": versions}))
 
 
 if __name__ == "__main__":
