@@ -12,6 +12,7 @@ from typing import NoReturn
 import click
 
 from reelforge.runtime.errors import ReelforgeError
+from reelforge.tools.deferred import defer
 
 INTERRUPTED = 130
 
@@ -36,6 +37,7 @@ def run(command: click.Command, arguments: list[str] | None = None, name: str | 
     ReelforgeError gives its text on stderr and its exit code, a wrong option gives click's usage and 2, Ctrl-C gives
     130. Anything else is a bug and keeps its traceback. ``name`` is what usage messages call the program.
     """
+    defer()
     try:
         command.main(args=arguments, prog_name=name, standalone_mode=False)
     except ReelforgeError as error:

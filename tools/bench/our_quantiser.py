@@ -1,8 +1,8 @@
-"""Runs our own quantiser on one fp32 bundle: a child process, measured as ``peer_quantiser``'s are.
+"""Runs our own quantiser on one fp32 bundle, in a child process (``our_quantiser_child``) measured as the peers' are.
 
-``python -m reelforge.tools.bench.our_quantiser JOB.json`` runs the bundle's whole pipeline over the prompts, observes
-it, chooses scales, and writes a complete bundle with an 8-bit ``dit`` from the product's own pieces; the source of the
-weights is the bundle itself. The last line of its output is JSON like that of ``peer_quantiser``. Nothing is evaluated.
+It runs the bundle's whole pipeline over the prompts, observes it, chooses scales, and writes a complete bundle with an
+8-bit ``dit`` from the product's own pieces; the source of the weights is the bundle itself. The last line of its output
+is JSON like that of ``peer_quantiser``. Nothing is evaluated.
 
 Only the modules that do this work are imported. The commands take all of ``export`` along, and with it transformers and
 ``torch.export``, which build fp32 bundles.
@@ -204,7 +204,3 @@ def main(path: str) -> None:
     seconds = time.monotonic() - started
     versions = {package: version(package) for module, package in PACKAGES.items() if module in sys.modules}
     print(json.dumps({"seconds": seconds, "versions": versions}))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

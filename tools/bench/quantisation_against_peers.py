@@ -44,6 +44,7 @@ LARGE_PEERS = (
     "onnxruntime int8 Entropy, inputs only",
     "modelopt int8 max",
 )
+CHILD = "reelforge.tools.bench.our_quantiser_child"
 LARGE_LIMIT_S = 300.0
 _RESAMPLES = 4000
 
@@ -94,17 +95,21 @@ def section(
         "All linear layers of the blocks of `dit`, the same for all. Others quantise `dit.onnx` with its weights as",
         "fp32 inside, and are given recordings of its inputs over all prompts and steps; making these is not",
         "in their time. Ours runs the bundle's whole pipeline, text encoders included, and all of it is in its time.",
-        "Each run is a process of its own: *seconds* of all of it, with imports (ours imports PyTorch and ONNX",
-        f"Runtime), and of the call alone; {repeats} runs, median (smallest-largest). *By prompt* is the mean",
+        "Each run is a process of its own: *seconds* of all of it, with imports (what each imported is in the last",
+        f"column), and of the call alone; {repeats} runs, median (smallest-largest). *Seconds with recording* are",
+        "those from the fp32 bundle to the quantised graph: a peer's and its recordings'. *By prompt* is the mean",
         "difference of PSNR from the best peer's, with the interval that 95% of resamples of the prompts give.",
+        "",
+        "Goals are judged by the peers' own seconds. What they would be with the recording is told beside them, since",
+        "our seconds contain that work.",
         "",
         f"### Demonstration model, {calibration} calibration prompts, {evaluation} others",
         "",
         _recorded(usage),
         "",
-        *peer_lines([*ours, *theirs]),
+        *peer_lines([*ours, *theirs], {run.peer: usage.seconds for run in theirs}),
         "",
-        *_goals(ours, theirs),
+        *_goals(ours, theirs, usage.seconds),
     ]
     if large is not None:
         lines += ["", *_large(large, peers_python)]
@@ -124,9 +129,9 @@ def _large(bench: Workbench, peers_python: str | None) -> list[str]:
         f"`dit` has {weights / 1e6:.0f} MB of weights as stored. {_recorded(usage)} One run each, cut off after",
         f"{LARGE_LIMIT_S / 60:g} minutes. Random weights make no picture, so there is no PSNR.",
         "",
-        *peer_lines([*ours, *theirs]),
+        *peer_lines([*ours, *theirs], {run.peer: usage.seconds for run in theirs}),
         "",
-        *_goals(ours, theirs),
+        *_goals(ours, theirs, usage.seconds),
     ]
 
 
@@ -148,7 +153,7 @@ def _run_ours(
     for _ in range(repeats):
         shutil.rmtree(output, ignore_errors=True)
         try:
-            usages.append(run_sampled([sys.executable, "-m", "reelforge.tools.bench.our_quantiser", str(job_file)]))
+            usages.append(run_sampled([sys.executable, "-m", CHILD, str(job_file)]))
         except subprocess.CalledProcessError as error:
             raise click.ClickException(f"{one.name} failed: {error.output}") from error
     said = [json.loads(usage.output.strip().splitlines()[-1]) for usage in usages]
@@ -168,8 +173,14 @@ def _run_ours(
     return run
 
 
-def _goals(ours: Sequence[PeerRun], theirs: Sequence[PeerRun]) -> list[str]:
-    """Return the goals: ours against each peer of its format, the best of them named."""
+def _goals(ours: Sequence[PeerRun], theirs: Sequence[PeerRun], recording_s: float) -> list[str]:
+    """Return the goals: ours against each peer of its format, the best of them named.
+
+    Args:
+        ours: Our runs.
+        theirs: The peers'.
+        recording_s: What it took to make the peers' recordings; it gives a verdict of its own.
+    """
     finished = [run for run in theirs if not run.failure]
     rows = []
     for run in ours:
@@ -188,6 +199,10 @@ def _goals(ours: Sequence[PeerRun], theirs: Sequence[PeerRun]) -> list[str]:
         best = min(rivals, key=_seconds)
         text = f"{_seconds(run):.1f} s, the fastest peer {_seconds(best):.1f} s ({best.peer})"
         rows.append((f"{run.peer}: faster than every peer", text, _met(_seconds(run) < _seconds(best))))
+        whole = _seconds(best) + recording_s
+        text = f"{_seconds(run):.1f} s, the fastest peer {_seconds(best):.1f} s + {recording_s:.1f} s = {whole:.1f} s"
+        name = f"(beside it: {run.peer}: faster than every peer with its recording)"
+        rows.append((name, text, _met(_seconds(run) < whole)))
         best = min(rivals, key=_megabytes)
         text = f"{_megabytes(run):.0f} MB, the smallest peer {_megabytes(best):.0f} MB ({best.peer})"
         rows.append((f"{run.peer}: less memory than every peer", text, _met(_megabytes(run) < _megabytes(best))))

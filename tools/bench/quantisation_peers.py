@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -174,16 +174,28 @@ def run_peers(
     return runs
 
 
-def peer_lines(runs: Sequence[PeerRun]) -> list[str]:
-    """Return the Markdown table of the runs, and below it the errors of those that failed."""
+def peer_lines(runs: Sequence[PeerRun], recording_s: Mapping[str, float] | None = None) -> list[str]:
+    """Return the Markdown table of the runs, and below it the errors of those that failed.
+
+    Args:
+        runs: In the order of the rows.
+        recording_s: What it took to make a peer's recordings, by peer; those that are not in it need none. Without it,
+            the column of seconds with them is left out.
+    """
     pictures = quantised_quality.HEADINGS if any(run.quality for run in runs) else ()
-    headings = ("peer", *pictures, "seconds", "of these in its call", "peak anonymous MB", "with")
+    whole = () if recording_s is None else ("seconds with recording",)
+    headings = ("peer", *pictures, "seconds", "of these in its call", *whole, "peak anonymous MB", "with")
     rows = [
         (
             run.peer,
             *(run.quality.cells() if run.quality else ()),
             report.spread(run.seconds),
             report.spread(run.call_seconds),
+            *(
+                ()
+                if recording_s is None
+                else [report.spread([seconds + recording_s.get(run.peer, 0.0) for seconds in run.seconds])]
+            ),
             report.spread([size / 1e6 for size in run.peak_anonymous_bytes], digits=0),
             run.versions,
         )
