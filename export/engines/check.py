@@ -1,0 +1,89 @@
+"""What a plan holds against what its recipe promises: layers in their format, attentions in one kernel each.
+
+The check is on the compiler's own layer information, under every profile; it runs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from reelforge.export.engines.request import Expected
+from reelforge.runtime.errors import BuildError
+from reelforge.runtime.receipt import LayerRecord
+from reelforge.runtime.recipe import Precision
+
+TYPES = {
+    Precision.FP32: "Float",
+    Precision.FP16: "Half",
+    Precision.BF16: "BFloat16",
+    Precision.INT8: "Int8",
+    Precision.FP8: "FP8",
+}
+"""The compilers' words."""
+
+_SHOWN = 5
+
+
+def check_plan(stage: str, profiles: Sequence[Sequence[LayerRecord]], expected: Expected) -> None:
+    """Every expected layer is computed in its format, and every expected attention is one fused kernel in its own.
+
+    Args:
+        stage: For the message.
+        profiles: The plan's layers under each profile.
+        expected: What the recipe promises.
+
+    Raises:
+        BuildError: Naming the first few that are not so, how many they are, and what they became.
+    """
+    problems: dict[str, str] = {}
+    for layers in profiles:
+        problems |= dict(_layer_problems(layers, expected)) | dict(_attention_problems(layers, expected))
+    if not any(profiles) and (expected.layers or expected.attentions):
+        raise BuildError(
+            f"the compiler said nothing about the layers of stage {stage!r}, so its plan cannot be checked.",
+            expected="layer information in the compiler's log",
+            fix="use the version of the compiler that reelforge is tested with (constraints.txt)",
+        )
+    if problems:
+        shown = list(problems.items())[:_SHOWN]
+        more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        promised = len(expected.layers) + len(expected.attentions)
+        raise BuildError(
+            f"{len(problems)} of {promised} layers and attentions of stage {stage!r} are not in their format.",
+            received="; ".join(f"{name}: {problem}" for name, problem in shown) + more,
+            expected="what the recipe says, in every optimisation profile",
+            fix="keep these layers in high precision (--keep), or choose another precision or architecture",
+        )
+
+
+def _layer_problems(layers: Sequence[LayerRecord], expected: Expected) -> Iterator[tuple[str, str]]:
+    found = _by_node(layers, ("gemm", "convolution"))
+    for name, precision in expected.layers.items():
+        records = found.get(name, [])
+        if not records:
+            yield name, f"no product found, wanted {precision.value}"
+        for record in records:
+            operands = (*record.inputs[:1], *record.constants[:1])
+            if set(operands) != {TYPES[precision]}:
+                yield name, f"computed in {' x '.join(operands) or 'nothing'}, wanted {precision.value}"
+
+
+def _attention_problems(layers: Sequence[LayerRecord], expected: Expected) -> Iterator[tuple[str, str]]:
+    fused, products = _by_node(layers, ("attention",)), _by_node(layers, ("gemm",))
+    for name, precision in expected.attentions.items():
+        records = fused.get(name, [])
+        if len(records) != 1 or name in products:
+            yield name, f"not fused: {len(records)} attention kernels and {len(products.get(name, []))} products"
+            continue
+        types = records[0].inputs[:3]
+        if set(types) != {TYPES[precision]}:
+            yield name, f"fused in {', '.join(types)}, wanted {precision.value}"
+
+
+def _by_node(layers: Sequence[LayerRecord], kinds: Sequence[str]) -> dict[str, list[LayerRecord]]:
+    found: dict[str, list[LayerRecord]] = {}
+    for record in layers:
+        if record.kind in kinds:
+            for name in record.nodes:
+                found.setdefault(name, []).append(record)
+    return found
