@@ -14,14 +14,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reelforge.runtime.bundle.open import Bundle, Check
 from reelforge.runtime.conditioning import guidance_value, rope_tables, sinusoids
+from reelforge.runtime.engines.device_session import DeviceSession, open_session
 from reelforge.runtime.engines.engine import Array, Engine, EngineOptions
-from reelforge.runtime.engines.onnxruntime_engine import engine_from_onnx
+from reelforge.runtime.engines.load import load_engine
 from reelforge.runtime.errors import EngineError, OutputError, RequestError
 from reelforge.runtime.noise import gaussian_noise
 from reelforge.runtime.recipe import VideoShape
@@ -83,14 +86,15 @@ class Pipeline:
 
     Example::
 
-        pipeline = Pipeline.open("my.bundle")
-        frames = pipeline.generate(Request("a red ball", steps=20))  # uint8 [frames, height, width, 3]
+        with Pipeline.open("my.bundle") as pipeline:
+            frames = pipeline.generate(Request("a red ball", steps=20))  # uint8 [frames, height, width, 3]
     """
 
     def __init__(self, bundle: Bundle, options: EngineOptions | None = None) -> None:
         self.bundle = bundle
         self.options = options or EngineOptions()
         self.spec = bundle.manifest.spec
+        self._session: DeviceSession | None = None
         for stage in STAGES:
             bundle.stage(stage)  # a bundle built with --stages cannot generate; say so before any work
 
@@ -340,9 +344,28 @@ class Pipeline:
     @contextmanager
     def engine(self, stage: str) -> Iterator[Engine]:
         """Load a stage for the duration of a ``with`` block."""
-        entry = self.bundle.stage(stage)
-        with closing(engine_from_onnx(self.bundle.graph(stage), entry, self.options)) as engine:
+        with closing(load_engine(self.bundle, stage, self.options, self._device)) as engine:
             yield engine
+
+    def close(self) -> None:
+        """Give back the GPU, if there is one; a later use of the pipeline opens it again. Closing twice is harmless."""
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _device(self) -> DeviceSession:
+        """Return the GPU's session, which all stages share."""
+        if self._session is None:
+            self._session = open_session(self.bundle.manifest.target.backend, self.options.device)
+        return self._session
 
 
 def to_uint8(frames: FloatArray) -> NDArray[np.uint8]:

@@ -6,10 +6,61 @@ Knows neither model nor schedule; whatever differs between steps is a row of an 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
+from functools import partial
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from reelforge.runtime.engines.engine import Array, Engine
+
+
+class StepLoop(Protocol):
+    """A sampling loop that has begun."""
+
+    def advance(self, step: int) -> None:
+        """Run one step, to its end."""
+        ...
+
+    def latents(self) -> Array:
+        """Return the latents after the steps so far, ``[batch, C, T, H, W]``."""
+        ...
+
+    def close(self) -> None:
+        """Give back what the loop holds."""
+        ...
+
+
+@runtime_checkable
+class LoopingEngine(Protocol):
+    """An engine that keeps the latents where it computes; others are given the two buffers of :class:`HostLoop`."""
+
+    def loop(self, latents: Array, fixed: Mapping[str, Array], per_step: Mapping[str, Array]) -> StepLoop:
+        """Begin a loop; the arguments are those of :func:`sample`."""
+        ...
+
+
+class HostLoop:
+    """A loop whose latents are in two arrays that the steps write in turn."""
+
+    def __init__(self, dit: Engine, latents: Array, fixed: Mapping[str, Array], per_step: Mapping[str, Array]) -> None:
+        self._dit = dit
+        self._fixed = fixed
+        self._per_step = per_step
+        self._source, self._target = latents.copy(), np.empty_like(latents)
+
+    def advance(self, step: int) -> None:
+        """Run one step."""
+        inputs = {"latents": self._source, **self._fixed, **step_inputs(self._per_step, step)}
+        self._dit.run(inputs, {"next_latents": self._target})
+        self._source, self._target = self._target, self._source
+
+    def latents(self) -> Array:
+        """Return the buffer that was written last."""
+        return self._source
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
 
 def sample(
@@ -29,15 +80,14 @@ def sample(
         on_step: Called with the number of finished steps.
 
     Returns:
-        ``[batch, C, T, H, W]``: one of the two buffers that the steps write in turn.
+        ``[batch, C, T, H, W]``, an array of the caller's own.
     """
-    buffers = (latents.copy(), np.empty_like(latents))
-    steps = len(next(iter(per_step.values())))
-    for step in range(steps):
-        source, target = buffers[step % 2], buffers[(step + 1) % 2]
-        dit.run({"latents": source, **fixed, **step_inputs(per_step, step)}, {"next_latents": target})
-        on_step(step + 1)
-    return buffers[steps % 2]
+    begin = dit.loop if isinstance(dit, LoopingEngine) else partial(HostLoop, dit)
+    with closing(begin(latents, fixed, per_step)) as loop:
+        for step in range(len(next(iter(per_step.values())))):
+            loop.advance(step)
+            on_step(step + 1)
+        return loop.latents()
 
 
 def step_inputs(per_step: Mapping[str, Array], step: int) -> dict[str, Array]:

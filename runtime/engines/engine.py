@@ -28,11 +28,33 @@ class EngineOptions:
         threads: Threads of one operator; None means one per core that this process may use.
         spinning: Whether idle threads busy-wait for the next operator: a little faster, and it occupies every core.
         graph_optimization: ``"all"``, ``"extended"``, ``"basic"`` or ``"none"``.
+        device: Number of the GPU, from 0.
+        cuda_graph: Whether the sampling loop is recorded once and replayed, where the backend can.
+        provider: What ONNX Runtime computes with on a GPU: ``"cuda"``, ``"tensorrt"`` or ``"rtx"``; None means
+            ``"cuda"``.
     """
 
     threads: int | None = None
     spinning: bool = True
     graph_optimization: str = "all"
+    device: int = 0
+    cuda_graph: bool = True
+    provider: str | None = None
+
+    def refuse(self, backend: str, *settings: str) -> None:
+        """Refuse those of ``settings`` that are not at their default.
+
+        Raises:
+            EngineError: Naming the first that ``backend`` does not have.
+        """
+        for name in settings:
+            if getattr(self, name) != getattr(EngineOptions(), name):
+                raise EngineError(
+                    f"the setting {name!r} means nothing to {backend}.",
+                    received=getattr(self, name),
+                    expected=f"{getattr(EngineOptions(), name)}, its default",
+                    fix=f"leave {name!r} out",
+                )
 
 
 class Engine(Protocol):
@@ -125,6 +147,49 @@ def check_tensor(stage: str, info: TensorInfo, array: Array) -> None:
         raise EngineError(
             f"tensor {info.name!r} of stage {stage!r} has another type or shape.", received=received, expected=expected
         )
+
+
+def output_targets(
+    stage: str,
+    infos: Mapping[str, TensorInfo],
+    sizes: Mapping[str, int],
+    inputs: Mapping[str, Array],
+    outputs: Mapping[str, Array | None] | None,
+) -> dict[str, Array | None]:
+    """Return where each wanted output goes; None where its shape is only known after the run.
+
+    Args:
+        stage: The stage's name.
+        infos: Its outputs.
+        sizes: From :func:`check_inputs`.
+        inputs: Of this call.
+        outputs: As :meth:`Engine.run` has it.
+
+    Raises:
+        EngineError: If the stage has no such output, or an array cannot take it.
+    """
+    targets: dict[str, Array | None] = {}
+    for name, target in (dict.fromkeys(infos) if outputs is None else outputs).items():
+        if name not in infos:
+            raise EngineError(f"stage {stage!r} has no output {name!r}.", received=name, expected=", ".join(infos))
+        info = infos[name]
+        shape = known_shape(info, sizes)
+        if target is None:
+            targets[name] = None if shape is None else np.empty(shape, np.dtype(info.dtype))
+            continue
+        check_tensor(stage, info, target)
+        if shape is not None and target.shape != shape:
+            raise EngineError(
+                f"the buffer for output {name!r} of stage {stage!r} has another shape.",
+                received=list(target.shape),
+                expected=str(list(shape)),
+            )
+        if not target.flags.c_contiguous or not target.flags.writeable:
+            raise EngineError(f"the buffer for output {name!r} of stage {stage!r} is not contiguous and writable.")
+        if any(np.may_share_memory(target, array) for array in inputs.values()):
+            raise EngineError(f"the buffer for output {name!r} of stage {stage!r} overlaps an input.")
+        targets[name] = target
+    return targets
 
 
 def known_shape(info: TensorInfo, sizes: Mapping[str, int]) -> tuple[int, ...] | None:

@@ -1,4 +1,4 @@
-"""Stages on ONNX Runtime's CPU provider.
+"""Stages on ONNX Runtime, on the CPU or on a GPU.
 
 Inputs and outputs are bound where they are (``OrtValue`` over numpy memory), so a call copies nothing. onnxruntime is
 imported when the first engine is loaded. The module does not know which stage it runs.
@@ -12,16 +12,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 from reelforge.runtime.engines.engine import (
     Array,
     EngineOptions,
     check_inputs,
-    check_tensor,
-    known_shape,
+    output_targets,
     thread_count,
 )
+from reelforge.runtime.engines.onnxruntime_providers import CPU, Provider, require_active, require_available
 from reelforge.runtime.errors import EngineError
 from reelforge.runtime.manifest import StageEntry, TensorInfo
 
@@ -56,7 +54,7 @@ class OnnxRuntimeEngine:
         if self._session is None:
             raise EngineError(f"stage {self.name!r} was run after its engine was closed.")
         sizes = check_inputs(self.name, self.inputs, inputs)
-        targets = self._targets(sizes, inputs, outputs)
+        targets = output_targets(self.name, self.outputs, sizes, inputs, outputs)
         binding = self._session.io_binding()
         value_of = self._runtime.OrtValue.ortvalue_from_numpy
         # The binding borrows the memory, so the arrays (among them copies of strided inputs) must outlive the call.
@@ -85,50 +83,23 @@ class OnnxRuntimeEngine:
         """Release the session and its weights."""
         self._session = None
 
-    def _targets(
-        self, sizes: Mapping[str, int], inputs: Mapping[str, Array], outputs: Mapping[str, Array | None] | None
-    ) -> dict[str, Array | None]:
-        """Return where each wanted output goes; None where its shape is only known after the run."""
-        targets: dict[str, Array | None] = {}
-        for name, target in (dict.fromkeys(self.outputs) if outputs is None else outputs).items():
-            if name not in self.outputs:
-                raise EngineError(
-                    f"stage {self.name!r} has no output {name!r}.", received=name, expected=", ".join(self.outputs)
-                )
-            info = self.outputs[name]
-            shape = known_shape(info, sizes)
-            if target is None:
-                targets[name] = None if shape is None else np.empty(shape, np.dtype(info.dtype))
-                continue
-            check_tensor(self.name, info, target)
-            if shape is not None and target.shape != shape:
-                raise EngineError(
-                    f"the buffer for output {name!r} of stage {self.name!r} has another shape.",
-                    received=list(target.shape),
-                    expected=str(list(shape)),
-                )
-            if not target.flags.c_contiguous or not target.flags.writeable:
-                raise EngineError(
-                    f"the buffer for output {name!r} of stage {self.name!r} is not contiguous and writable."
-                )
-            if any(np.may_share_memory(target, array) for array in inputs.values()):
-                raise EngineError(f"the buffer for output {name!r} of stage {self.name!r} overlaps an input.")
-            targets[name] = target
-        return targets
 
-
-def engine_from_onnx(path: Path, entry: StageEntry, options: EngineOptions | None = None) -> OnnxRuntimeEngine:
+def engine_from_onnx(
+    path: Path, entry: StageEntry, options: EngineOptions | None = None, provider: Provider = CPU
+) -> OnnxRuntimeEngine:
     """Load the stage ``entry`` from its graph.
 
     Args:
         path: The ONNX file; the weights that it refers to lie below its folder.
         entry: The stage's tensors as the manifest states them; the graph must have the same.
         options: Threads, spinning and optimisation.
+        provider: What computes.
 
     Raises:
-        EngineError: If onnxruntime is not installed, refuses the graph, or the graph's tensors are not the entry's.
+        EngineError: If onnxruntime or the provider is not there, refuses the graph, or its tensors are not the
+            entry's.
     """
-    return _load(str(path), f"the graph {path.name!r} of stage {entry.name!r}", entry, {}, options)
+    return _load(str(path), f"the graph {path.name!r} of stage {entry.name!r}", entry, {}, options, provider)
 
 
 def engine_from_bytes(
@@ -146,7 +117,7 @@ def engine_from_bytes(
         EngineError: As :func:`engine_from_onnx`.
     """
     settings = {"session.model_external_initializers_file_folder_path": str(folder)}
-    return _load(graph, f"a graph made from stage {entry.name!r}", entry, settings, options)
+    return _load(graph, f"a graph made from stage {entry.name!r}", entry, settings, options, CPU)
 
 
 def _load(
@@ -155,6 +126,7 @@ def _load(
     entry: StageEntry,
     session_settings: Mapping[str, str],
     options: EngineOptions | None,
+    provider: Provider,
 ) -> OnnxRuntimeEngine:
     options = options or EngineOptions()
     if options.graph_optimization not in _LEVELS:
@@ -163,7 +135,8 @@ def _load(
             received=options.graph_optimization,
             expected=" or ".join(_LEVELS),
         )
-    runtime = _import_onnxruntime()
+    runtime = _import_onnxruntime(provider)
+    providers = require_available(provider, runtime)
     settings = runtime.SessionOptions()
     settings.intra_op_num_threads = thread_count(options)
     settings.inter_op_num_threads = 1
@@ -174,7 +147,7 @@ def _load(
     for key, value in session_settings.items():
         settings.add_session_config_entry(key, value)
     try:
-        session = runtime.InferenceSession(source, settings, providers=["CPUExecutionProvider"])
+        session = runtime.InferenceSession(source, settings, providers=providers)
     except _exceptions(runtime) as error:
         raise EngineError(
             f"ONNX Runtime refuses {what}.",
@@ -182,11 +155,12 @@ def _load(
             expected=f"a graph that onnxruntime {runtime.__version__} can load",
             fix="rebuild the bundle with build-engine, or install the onnxruntime that its manifest names",
         ) from error
+    require_active(provider, session)
     _check_signature(entry, session)
     return OnnxRuntimeEngine(entry.name, session, runtime, entry)
 
 
-def _import_onnxruntime() -> ModuleType:
+def _import_onnxruntime(provider: Provider) -> ModuleType:
     try:
         return importlib.import_module("onnxruntime")
     except ImportError as error:
@@ -194,7 +168,7 @@ def _import_onnxruntime() -> ModuleType:
             "onnxruntime is not installed, and this bundle's engines run on it.",
             received=str(error),
             expected="the package onnxruntime",
-            fix="pip install reelforge[cpu]",
+            fix=f"pip install {provider.package}",
         ) from error
 
 

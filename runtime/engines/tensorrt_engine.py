@@ -1,0 +1,199 @@
+"""Stages on TensorRT or TensorRT-RTX: the parts of a stage run one after the other on the session's stream.
+
+Inputs and outputs of a call are numpy arrays; what passes between parts, and the latents between steps, stays on the
+device. The module does not know which stage it runs, but that a loop's stage has ``latents`` and ``next_latents``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import ExitStack
+
+import numpy as np
+
+from reelforge.runtime.bundle.open import Bundle
+from reelforge.runtime.cuda.memory import DeviceBuffer
+from reelforge.runtime.engines.device_session import DeviceSession, contiguous
+from reelforge.runtime.engines.engine import Array, EngineOptions, check_inputs, output_targets
+from reelforge.runtime.engines.tensorrt_library import ITEM_BYTES
+from reelforge.runtime.engines.tensorrt_loop import TensorRtLoop
+from reelforge.runtime.engines.tensorrt_plan import LoadedPlan, Shape, choose_plans, load_plan
+from reelforge.runtime.errors import EngineError
+from reelforge.runtime.manifest import StageEntry, TensorInfo
+
+
+class TensorRtEngine:
+    """One stage on the GPU. Make one with :func:`engine_from_plans`."""
+
+    def __init__(self, session: DeviceSession, entry: StageEntry, parts: tuple[LoadedPlan, ...], capture: bool) -> None:
+        self.name = entry.name
+        self.inputs: Mapping[str, TensorInfo] = {info.name: info for info in entry.inputs}
+        self.outputs: Mapping[str, TensorInfo] = {info.name: info for info in entry.outputs}
+        self.session = session
+        self.parts = parts
+        self._capture = capture
+        self._tensors = {info.name: info for part in parts for info in (*part.plan.inputs, *part.plan.outputs)}
+        self._buffers: dict[str, DeviceBuffer] = {}
+        self._loop: TensorRtLoop | None = None
+        self._closed = False
+        session.attach(self)
+
+    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array | None] | None = None) -> dict[str, Array]:
+        """Compute the outputs (see :class:`reelforge.runtime.engines.engine.Engine`)."""
+        self._require_free()
+        sizes = check_inputs(self.name, self.inputs, inputs)
+        targets = output_targets(self.name, self.outputs, sizes, inputs, outputs)
+        sources = {name: contiguous(array) for name, array in inputs.items()}  # alive until the copies are done
+        results: dict[str, Array] = {}
+        with self.session.work():
+            shapes = self.prepare({name: array.shape for name, array in sources.items()})
+            addresses = self.bind(shapes, {})
+            for name, array in sources.items():
+                self.session.upload(addresses[name], array)
+            for part in self.parts:
+                part.enqueue()
+            for name, target in targets.items():
+                if target is None:
+                    target = np.empty(shapes[name], np.dtype(self.outputs[name].dtype))
+                elif target.shape != shapes[name]:
+                    raise self._other_shape(name, target.shape, shapes[name])
+                self.session.download(target, addresses[name])
+                results[name] = target
+        return results
+
+    def loop(self, latents: Array, fixed: Mapping[str, Array], per_step: Mapping[str, Array]) -> TensorRtLoop:
+        """Begin a sampling loop whose latents stay on the device (see :func:`reelforge.runtime.sampling.sample`).
+
+        Until it is closed, the engine takes no other call.
+
+        Raises:
+            EngineError: If a tensor does not fit the stage, or there is too little memory.
+        """
+        self._require_free()
+        self._loop = loop = TensorRtLoop(self, latents, fixed, per_step, self._capture)
+        try:
+            loop.start()
+        except BaseException:
+            loop.close()
+            raise
+        return loop
+
+    def prepare(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Set the inputs' shapes in every part and return the shapes of all tensors."""
+        known = dict(shapes)
+        for part in self.parts:
+            known.update(part.prepare(known))
+        return known
+
+    def bind(self, shapes: Mapping[str, Shape], elsewhere: Mapping[str, int]) -> dict[str, int]:
+        """Give every tensor a place and tell the parts, and return the places.
+
+        Args:
+            shapes: From :meth:`prepare`.
+            elsewhere: Addresses of tensors that have a place already.
+        """
+        addresses = dict(elsewhere)
+        for name, info in self._tensors.items():
+            if name not in addresses:
+                addresses[name] = self._buffer(name, math.prod(shapes[name]) * ITEM_BYTES[info.dtype])
+        # The largest need first, so that the arena does not grow after a part has been told where it is.
+        need = max(part.activation_bytes() for part in self.parts)
+        self.session.arena.reserve(need, f"the activations of stage {self.name!r}")
+        for part in self.parts:
+            part.bind(addresses)
+        return addresses
+
+    def end_loop(self, loop: TensorRtLoop) -> None:
+        """Forget a loop that is closed."""
+        if self._loop is loop:
+            self._loop = None
+
+    def close(self) -> None:
+        """Release plans, weights and buffers."""
+        if self._closed:
+            return
+        self._closed = True
+        self.session.cuda.activate_to_close()
+        if self._loop is not None:
+            self._loop.close()
+        for part in self.parts:
+            part.close()
+        for buffer in self._buffers.values():
+            buffer.close()
+        self._buffers.clear()
+        self.session.detach(self)
+
+    def _buffer(self, name: str, size_bytes: int) -> int:
+        """Return a place for a tensor: the one that it had, if that is large enough."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.size_bytes < size_bytes:
+            if buffer is not None:
+                self._buffers.pop(name).close()
+            self._buffers[name] = buffer = DeviceBuffer(
+                self.session.cuda, size_bytes, f"tensor {name!r} of stage {self.name!r}"
+            )
+        return buffer.address
+
+    def _require_free(self) -> None:
+        if self._closed:
+            raise EngineError(f"stage {self.name!r} was run after its engine was closed.")
+        if self._loop is not None:
+            raise EngineError(
+                f"stage {self.name!r} was run while a sampling loop uses it.", fix="close the loop before"
+            )
+
+    def _other_shape(self, name: str, received: Shape, expected: Shape) -> EngineError:
+        return EngineError(
+            f"the buffer for output {name!r} of stage {self.name!r} has another shape.",
+            received=list(received),
+            expected=str(list(expected)),
+        )
+
+
+def engine_from_plans(
+    session: DeviceSession, bundle: Bundle, stage: str, options: EngineOptions | None = None
+) -> TensorRtEngine:
+    """Load the plans of a stage that the session's GPU runs.
+
+    Raises:
+        BundleError: If the bundle lacks the stage, or a file is not the plan that the manifest says.
+        EngineError: If there is no plan for the GPU, it is of another version, or it does not fit into its memory.
+    """
+    entry = bundle.stage(stage)
+    plans = choose_plans(entry, session.cuda.device)
+    _check_chain(entry, [(plan.inputs, plan.outputs) for plan in plans])
+    session.cuda.activate()
+    with ExitStack() as undo:
+        parts = []
+        for plan in plans:
+            parts.append(load_plan(session, stage, bundle.path / plan.path, plan))
+            undo.callback(parts[-1].close)
+        engine = TensorRtEngine(session, entry, tuple(parts), (options or EngineOptions()).cuda_graph)
+        undo.pop_all()
+    return engine
+
+
+def _check_chain(entry: StageEntry, parts: list[tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]]) -> None:
+    """Every tensor that a part takes is the stage's or of an earlier part, and all of the stage's are there."""
+    known = {info.name: info.dtype for info in entry.inputs}
+    taken = set()
+    for inputs, outputs in parts:
+        for info in inputs:
+            taken.add(info.name)
+            if known.get(info.name) != info.dtype:
+                raise _broken(entry, f"{info.name} {info.dtype} is taken before anything gives it")
+        known.update({info.name: info.dtype for info in outputs})
+    lost = [info.name for info in entry.inputs if info.name not in taken]
+    lost += [info.name for info in entry.outputs if known.get(info.name) != info.dtype]
+    if lost:
+        raise _broken(entry, f"{', '.join(lost)}: not in any part")
+
+
+def _broken(entry: StageEntry, received: str) -> EngineError:
+    return EngineError(
+        f"the plans of stage {entry.name!r} do not fit together.",
+        received=received,
+        expected="parts that pass on what the stage takes and gives",
+        fix="rebuild the bundle with build-engine",
+    )
