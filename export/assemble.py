@@ -24,7 +24,11 @@ STORED_DTYPES = {
     "BF16": ir.DataType.BFLOAT16,
 }
 EIGHT_BIT_DTYPES = {"I8": ir.DataType.INT8, "F8_E4M3": ir.DataType.FLOAT8E4M3FN}
-COMPUTE_IR_DTYPES = {Precision.FP32: ir.DataType.FLOAT, Precision.FP16: ir.DataType.FLOAT16}
+COMPUTE_IR_DTYPES = {
+    Precision.FP32: ir.DataType.FLOAT,
+    Precision.BF16: ir.DataType.BFLOAT16,
+    Precision.FP16: ir.DataType.FLOAT16,
+}
 _IR_DTYPES = {"float32": ir.DataType.FLOAT, "int64": ir.DataType.INT64}
 
 
@@ -55,13 +59,15 @@ class _Assembly:
         self.stage, self.precision, self.weights = stage, precision, weights
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
-        self.environment: dict[str, ir.Value] = {name: self._boundary(name) for name in stage.inputs}
+        self.environment: dict[str, ir.Value] = {
+            stage.value_of(name): self._boundary(name) for name in stage.inputs
+        }
         self.collected: dict[str, list[ir.Value]] = {}
 
     def model(self, traces: Sequence[Trace]) -> ir.Model:
         inputs = list(self.environment.values())
         for part, trace in zip(self.stage.parts, traces, strict=True):
-            for index, prefix in enumerate(part.prefixes()):
+            for index, prefix in enumerate(part.prefixes(), part.first):
                 self._stamp(part, trace, index, prefix)
         for name, rows in self.collected.items():
             self.environment[name] = self._emit("Concat", rows, name, {"axis": 1})
@@ -77,10 +83,14 @@ class _Assembly:
         return ir.Model(graph, ir_version=11, producer_name="reelforge")
 
     def _boundary(self, name: str) -> ir.Value:
-        value = self.stage.values[name]
-        if value.dtype == COMPUTE:
+        value = self.stage.values[self.stage.value_of(name)]
+        if value.dtype != COMPUTE:
+            dtype = _IR_DTYPES[value.dtype]
+        elif name in self.stage.aliases:
+            dtype = COMPUTE_IR_DTYPES[self.precision]
+        else:
             raise AssertionError(f"{self.stage.name}.{name} crosses a boundary in a precision-dependent dtype")
-        return ir.Value(name=name, shape=ir.Shape(value.shape), type=ir.TensorType(_IR_DTYPES[value.dtype]))
+        return ir.Value(name=name, shape=ir.Shape(value.shape), type=ir.TensorType(dtype))
 
     def _stamp(self, part: Part, trace: Trace, index: int, prefix: str) -> None:
         path = prefix or f"{part.label}."
@@ -184,7 +194,7 @@ class _Assembly:
 
     def _output(self, name: str) -> ir.Value:
         """Give the value its boundary name, dtype and named dimensions."""
-        value, declared = self.environment[name], self._boundary(name)
+        value, declared = self.environment[self.stage.value_of(name)], self._boundary(name)
         value.name, value.shape, value.type = name, declared.shape, declared.type
         return value
 

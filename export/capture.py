@@ -23,7 +23,7 @@ from reelforge.runtime.recipe import Precision
 
 OPSET = 23
 _TORCH_DTYPES = {"float32": torch.float32, "int64": torch.int64}
-COMPUTE_DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16}
+COMPUTE_DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 # Sizes used while tracing; any distinct numbers above one do. Joint and image tokens agree with the latent grid so that
 # the trace runs, and stay symbolic in the result.
 _TRACE_SIZES = {

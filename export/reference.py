@@ -39,12 +39,12 @@ def run_stage(
     Returns:
         The stage's outputs by name.
     """
-    environment = {name: torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in stage.inputs}
+    environment = {stage.value_of(name): torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in stage.inputs}
     collected: dict[str, list[Tensor]] = {}
     with torch.inference_mode():
         for part in stage.parts:
             module = part.build().eval()
-            for index, prefix in enumerate(part.prefixes()):
+            for index, prefix in enumerate(part.prefixes(), part.first):
                 with torch.no_grad():
                     for name, parameter in module.named_parameters():
                         parameter.copy_(read_weight(folder, weights[prefix + name]))
@@ -60,4 +60,4 @@ def run_stage(
                     else:
                         environment[port.value] = result
     environment.update({name: torch.stack(rows, dim=1) for name, rows in collected.items()})
-    return {name: environment[name].numpy() for name in stage.outputs}
+    return {name: environment[stage.value_of(name)].numpy() for name in stage.outputs}

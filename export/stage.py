@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -54,6 +54,7 @@ class Part:
         inputs: Values by name in the order of ``forward``; ``name[i]`` takes row i along axis 1.
         outputs: Likewise; ``name[i]`` collects the repeats' results along a new axis 1.
         repeat: How many times.
+        first: Index of the first repeat; above zero in a part of a stage that is cut (see ``export.partition``).
     """
 
     path: str
@@ -61,6 +62,7 @@ class Part:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     repeat: int = 1
+    first: int = 0
 
     @property
     def label(self) -> str:
@@ -79,7 +81,7 @@ class Part:
 
     def prefixes(self) -> Iterator[str]:
         """Yield each repeat's parameter prefix, with its trailing dot."""
-        for index in range(self.repeat):
+        for index in range(self.first, self.first + self.repeat):
             path = self.path.format(i=index)
             yield f"{path}." if path else ""
 
@@ -102,6 +104,8 @@ class Stage:
         outputs: Names of the values that leave.
         tolerance: Largest accepted absolute difference from the fp32 reference, at output scale 1-4, per precision
         name.
+        aliases: Outer name -> value, for inputs and outputs that are called otherwise outside: a value that a cut
+            stage both reads and writes.
     """
 
     name: str
@@ -111,6 +115,11 @@ class Stage:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     tolerance: dict[str, float]
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    def value_of(self, name: str) -> str:
+        """Return the value behind the name of an input or output."""
+        return self.aliases.get(name, name)
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return every parameter's name and shape, in execution order."""
@@ -121,6 +130,14 @@ class Stage:
                 shapes.update({prefix + name: shape for name, shape in own.items()})
         return shapes
 
-    def tensor_infos(self, names: tuple[str, ...]) -> tuple[TensorInfo, ...]:
-        """Describe the stage's own inputs or outputs for a manifest."""
-        return tuple(TensorInfo(name, self.values[name].dtype, self.values[name].shape) for name in names)
+    def tensor_infos(self, names: tuple[str, ...], compute: str = COMPUTE) -> tuple[TensorInfo, ...]:
+        """Describe the stage's own inputs or outputs for a manifest.
+
+        Args:
+            names: Of inputs or outputs.
+            compute: Type of values that have the stage's precision, which cross only the cuts within a stage.
+        """
+        values = ((name, self.values[self.value_of(name)]) for name in names)
+        return tuple(
+            TensorInfo(name, compute if value.dtype == COMPUTE else value.dtype, value.shape) for name, value in values
+        )
