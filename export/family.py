@@ -14,9 +14,11 @@ from reelforge.export.checkpoint.component import Checkpoint, Layout
 from reelforge.export.checkpoint.match import Explained
 from reelforge.export.checkpoint.sources import Source
 from reelforge.export.models.hunyuan_video import keys_diffusers, keys_tencent
+from reelforge.export.models.hunyuan_video.costs import hunyuan_video_work
 from reelforge.export.models.hunyuan_video.quantisation import quantisation_rules
 from reelforge.export.models.hunyuan_video.spec_from_checkpoint import Numerics, model_spec
 from reelforge.export.models.hunyuan_video.stages import STAGE_NAMES, hunyuan_video_stages
+from reelforge.export.planner.work import StageWork, Workload
 from reelforge.export.stage import Stage
 from reelforge.runtime.spec import ModelSpec
 
@@ -47,6 +49,7 @@ class Family:
         key_maps: By checkpoint layout.
         quantisation: Which layers of which stages may be computed in 8 bits.
         quantised_by_default: The stages that an 8-bit precision for the whole model means.
+        work: What one video makes each stage do, for the planner.
     """
 
     stage_names: tuple[str, ...]
@@ -55,6 +58,7 @@ class Family:
     key_maps: Mapping[Layout, KeyMap]
     quantisation: Callable[[ModelSpec], Mapping[str, StageRules]]
     quantised_by_default: tuple[str, ...]
+    work: Callable[[ModelSpec, Workload], Mapping[str, StageWork]]
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -68,5 +72,6 @@ FAMILIES: Mapping[str, Family] = {
         },
         quantisation=quantisation_rules,
         quantised_by_default=("dit",),
+        work=hunyuan_video_work,
     ),
 }

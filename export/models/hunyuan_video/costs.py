@@ -1,0 +1,182 @@
+"""What a video costs in the stages of HunyuanVideo: rows per layer, attentions, and the tensors alive together.
+
+Counts follow the modules of this folder. Which tensors are alive is what TensorRT-RTX 1.7 makes of them, read from its
+layer information: it joins q, k, v and the first MLP product of a single block (and gate and up of a LLaMA layer) into
+one product, whose output is alive beside the activation's. Another backend may need less or more.
+
+Letters: ``N`` image tokens, ``L`` text tokens, ``S = N + L``, ``D`` width, ``T`` ``H`` ``W`` a tile of latents.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+from reelforge.export.planner.work import Attention, Call, Live, Phase, Rows, StageWork, Workload
+from reelforge.runtime.spec import ModelSpec, VaeSpec
+from reelforge.runtime.tiling import plan_tiles
+
+Grid = tuple[int, int, int]
+
+
+def hunyuan_video_work(spec: ModelSpec, workload: Workload) -> Mapping[str, StageWork]:
+    """Return the work of every stage for one call of the pipeline."""
+    return {
+        "llm": StageWork(Phase.TEXT, (_llm(spec, workload),)),
+        "clip": StageWork(Phase.TEXT, (_clip(spec),)),
+        "refiner": StageWork(Phase.CONDITIONING, (_refiner(spec, workload),)),
+        "modulation": StageWork(Phase.CONDITIONING, (_modulation(spec, workload),)),
+        "dit": StageWork(Phase.LOOP, (_dit(spec, workload),)),
+        "vae_decoder": StageWork(Phase.DECODE, tuple(_vae_calls(spec, workload))),
+    }
+
+
+def _llm(spec: ModelSpec, workload: Workload) -> Call:
+    llm, tokens = spec.llm, workload.prompt_tokens
+    heads = llm.heads * llm.head_dim
+    attention = Attention(llm.used_layers, llm.heads, llm.head_dim, tokens, _causal(tokens))
+    # Two norms and sums, rotation of q and k, gate times up.
+    passes = llm.used_layers * tokens * (10 * llm.width + 4 * heads + 3 * llm.mlp_width)
+    down = "layers.0.mlp.down_proj"
+    moment = (Live(tokens * (2 * llm.mlp_width + llm.width)), Live(tokens * llm.mlp_width, down))
+    rows = (Rows("embed_tokens", 0), Rows("layers.*", tokens))
+    return Call(1, rows, (attention,), passes, (moment,), {"batch": 1, "prompt_tokens": tokens})
+
+
+def _clip(spec: ModelSpec) -> Call:
+    clip, tokens = spec.clip, spec.clip.max_tokens
+    attention = Attention(clip.layers, clip.heads, clip.width // clip.heads, tokens, _causal(tokens))
+    passes = clip.layers * tokens * (10 * clip.width + 2 * clip.mlp_width)
+    moment = (Live(tokens * (2 * clip.mlp_width + clip.width)),)
+    rows = (Rows("embeddings.*", 0), Rows("encoder.layers.*", tokens))
+    return Call(1, rows, (attention,), passes, (moment,), {"batch": 1, "clip_tokens": tokens})
+
+
+def _refiner(spec: ModelSpec, workload: Workload) -> Call:
+    dit, steps, tokens = spec.dit, workload.steps, workload.text_tokens
+    attention = Attention(dit.refiner_blocks * steps, dit.heads, dit.head_dim, tokens, tokens**2)
+    passes = dit.refiner_blocks * steps * tokens * (14 * dit.width + 2 * dit.mlp_width)
+    moment = (Live(steps * tokens * (2 * dit.mlp_width + dit.width)),)
+    rows = (
+        Rows("time_in.*", steps),
+        Rows("pooled_text_in.*", 1),
+        Rows("input", tokens),
+        Rows("blocks.*.gates", steps),
+        Rows("blocks.*", steps * tokens),
+    )
+    return Call(1, rows, (attention,), passes, (moment,), {"steps": steps, "text_tokens": tokens})
+
+
+def _modulation(spec: ModelSpec, workload: Workload) -> Call:
+    dit, steps = spec.dit, workload.steps
+    vectors = steps * dit.width * (12 * dit.double_blocks + 3 * dit.single_blocks + 2)
+    rows = (Rows("pooled_in.*", 1), Rows("guidance_in.*", 1), Rows("*", steps))
+    return Call(1, rows, (), 2 * vectors, ((Live(vectors),),), {"steps": steps})
+
+
+def _dit(spec: ModelSpec, workload: Workload) -> Call:
+    dit, batch = spec.dit, workload.batch
+    channels, frames, height, width = spec.latent_shape(
+        workload.shape.height, workload.shape.width, workload.shape.frames
+    )
+    del channels
+    patch = dit.patch
+    image = (frames // patch[0]) * (height // patch[1]) * (width // patch[2])
+    text, joint, heads = workload.text_tokens, image + workload.text_tokens, dit.heads * dit.head_dim
+    blocks = dit.double_blocks + dit.single_blocks
+    attention = Attention(blocks * batch, dit.heads, dit.head_dim, joint, joint**2, quantisable=True)
+    # Reads and writes per token. Both: q, k, v normalised, rotated and laid out, attention's output laid out. Double:
+    # two norms, two gated sums. Single: one norm, the MLP's activation, one gated sum of two products.
+    double = 8 * heads + 12 * dit.width
+    single = 8 * heads + 6 * dit.width + 2 * dit.mlp_width
+    passes = batch * joint * (dit.double_blocks * double + dit.single_blocks * single)
+    in_double = (Live(batch * joint * (6 * heads + 2 * dit.width)),)
+    in_single = (
+        Live(batch * joint * (3 * heads + dit.mlp_width + 2 * dit.width)),
+        Live(batch * joint * dit.mlp_width, "single.0.proj_mlp"),
+    )
+    rows = (
+        Rows("patch_embed", batch * image),
+        Rows("double.*.image.*", batch * image),
+        Rows("double.*.text.*", batch * text),
+        Rows("single.*", batch * joint),
+        Rows("final.proj", batch * image),
+    )
+    dimensions = {
+        "batch": batch,
+        "latent_frames": frames,
+        "latent_height": height,
+        "latent_width": width,
+        "text_tokens": text,
+        "image_tokens": image,
+    }
+    return Call(workload.steps, rows, (attention,), passes, (in_double, in_single), dimensions)
+
+
+def _vae_calls(spec: ModelSpec, workload: Workload) -> Iterator[Call]:
+    """Yield one call per distinct size of tile."""
+    _, *latents = spec.latent_shape(workload.shape.height, workload.shape.width, workload.shape.frames)
+    plan = plan_tiles((latents[0], latents[1], latents[2]), spec.tiling)
+    sizes = Counter(
+        (stop - start, bottom - top, far - near)
+        for start, stop in plan.windows
+        for top, bottom in plan.rows
+        for near, far in plan.columns
+    )
+    for size, times in sorted(sizes.items(), reverse=True):
+        yield _vae_tile(spec.vae, size, times)
+
+
+def _vae_tile(vae: VaeSpec, tile: Grid, times: int) -> Call:
+    """Follow the decoder level by level; ``Decoder`` in ``vae_decoder`` is what this counts."""
+    widths = vae.block_widths[::-1]
+    levels = len(widths)
+    spatial_levels = vae.spatial_compression.bit_length() - 1
+    temporal_levels = vae.temporal_compression.bit_length() - 1
+    grid, before = tile, widths[0]
+    rows = [Rows("post_quant_conv", _size(grid)), Rows("decoder.conv_in.*", _size(grid))]
+    rows.append(Rows("decoder.mid_block.*", _size(grid)))
+    passes = 2 * 6 * widths[0] * _size(grid)
+    moments = [_convolution(grid, before, before, before)]
+    for level, width in enumerate(widths):
+        rows.append(Rows(f"decoder.up_blocks.{level}.resnets.*", _size(grid)))
+        passes += (3 * (before + width) + 3 * width) * _size(grid)
+        passes += vae.layers_per_block * 9 * width * _size(grid)
+        moments += [_convolution(grid, before, width, before), _convolution(grid, width, width, before)]
+        if level < spatial_levels:
+            in_time = levels - 1 - temporal_levels <= level < levels - 1
+            frames = 2 * grid[0] - 1 if in_time else grid[0]
+            grid = (frames, 2 * grid[1], 2 * grid[2])
+            rows.append(Rows(f"decoder.up_blocks.{level}.upsamplers.*", _size(grid)))
+            passes += 2 * width * _size(grid)
+            moments.append(_convolution(grid, width, width, 0))
+        before = width
+    rows.append(Rows("decoder.conv_out.*", _size(grid)))
+    passes += 3 * widths[-1] * _size(grid)
+    moments.append(_convolution(grid, widths[-1], 3, 0))
+    positions = tile[1] * tile[2]
+    pairs = positions**2 * tile[0] * (tile[0] + 1) // 2
+    attention = Attention(1, 1, widths[0], positions * tile[0], pairs)
+    dimensions = {
+        "tile_frames": tile[0],
+        "tile_height": tile[1],
+        "tile_width": tile[2],
+        "video_frames": grid[0],
+        "video_height": grid[1],
+        "video_width": grid[2],
+    }
+    return Call(times, tuple(rows), (attention,), passes, tuple(moments), dimensions)
+
+
+def _convolution(grid: Grid, inputs: int, outputs: int, residual: int) -> tuple[Live, ...]:
+    """Return what a 3x3x3 convolution keeps alive: its padded input, its output, and the residual."""
+    padded = (grid[0] + 2) * (grid[1] + 2) * (grid[2] + 2)
+    return Live(inputs * padded), Live((outputs + residual) * _size(grid))
+
+
+def _size(grid: Grid) -> int:
+    return grid[0] * grid[1] * grid[2]
+
+
+def _causal(tokens: int) -> int:
+    return tokens * (tokens + 1) // 2

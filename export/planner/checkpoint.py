@@ -1,0 +1,62 @@
+"""plan_checkpoint: what a build request will cost, from the checkpoint's headers alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from reelforge.export.build_request import BuildRequest
+from reelforge.export.build_source import BuildSource, open_source
+from reelforge.export.checkpoint.open import open_checkpoint
+from reelforge.export.models.hunyuan_video.spec_from_checkpoint import Numerics
+from reelforge.export.planner.plan import Model, Plan, PlanOptions, make_plan
+from reelforge.export.planner.refusals import Refusal, check_gpu, find_refusals
+from reelforge.runtime.recipe import Recipe
+from reelforge.runtime.spec import VaeTiling
+
+_OBSERVED_SHARE = 1.25  # calibration keeps observed values of up to a quarter of the weights' size beside them
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and what of it does not fit."""
+
+    plan: Plan
+    refusals: tuple[Refusal, ...]
+
+
+def plan_checkpoint(request: BuildRequest, options: PlanOptions) -> Planned:
+    """Predict a build and its videos; no weight is read, and nothing is written.
+
+    Args:
+        request: The build; its ``output`` is not looked at.
+        options: GPU, steps, partition, memory of the machine.
+
+    Raises:
+        RequestError: For what the build would refuse, too, and a GPU that the target does not serve.
+        CheckpointError: If the checkpoint is incomplete, damaged, or of another family.
+    """
+    if options.gpu is not None:
+        check_gpu(request.target, options.gpu)
+    source = open_source(request)
+    recipe = source.recipe()
+    model = Model(
+        source.family,
+        source.spec,
+        source.chosen_stages(),
+        source.template.crop_start,
+        _other_tilings(source),
+    )
+    plan = make_plan(model, request.target, recipe, replace(options, calibration_bytes=_calibration(request, recipe)))
+    return Planned(plan, find_refusals(model, plan))
+
+
+def _calibration(request: BuildRequest, recipe: Recipe) -> int:
+    if not recipe.calibrated or request.calibration.scales is not None:
+        return 0
+    return int(request.calibration.memory_bytes * _OBSERVED_SHARE)
+
+
+def _other_tilings(source: BuildSource) -> dict[str, VaeTiling]:
+    checkpoint = open_checkpoint(source.request.checkpoint)
+    others = [numerics for numerics in Numerics if numerics is not source.request.numerics]
+    return {f"--numerics {one.value}": source.family.spec(checkpoint, one).tiling for one in others}

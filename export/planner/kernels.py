@@ -1,0 +1,130 @@
+"""What kernels reach of a GPU's dense rate and bandwidth: stated constants, each with its source, none of them fitted.
+
+Matrix products, convolutions and memory-bound work have one fraction each. Attention has published rates per kernel and
+GPU; another GPU gets the same fraction of its dense 16-bit rate as its nearest relative there, and is marked as
+extrapolated. The module does not know which kernel a compiler will choose: nobody has published how fast TensorRT-RTX's
+fused attention is, so it is taken to be as fast as FlashAttention-2 and, in FP8, faster by the ratio of
+FlashAttention-3's two precisions.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from reelforge.export.planner.gpus import Gpu, find_gpu
+from reelforge.runtime.errors import RequestError
+from reelforge.runtime.recipe import Backend, Precision
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A number with its source."""
+
+    value: float
+    source: str
+
+
+GEMM = Constant(
+    0.80,
+    "bf16, 8192^3: 798 of 989 TFLOP/s on an H100 80GB HBM3 (driver 580, PyTorch 2.11); FP8: up to 1550 of 1979 on an "
+    "H800 (DeepGEMM's README)",
+)
+CONVOLUTION = Constant(0.50, "an assumption: no figure for 3-D convolutions of these shapes is published")
+BANDWIDTH = Constant(0.90, "a copy in memory: 3.0 of 3.35 TB/s on an H100 80GB HBM3 (driver 580, PyTorch 2.11)")
+
+
+class AttentionKernel(enum.Enum):
+    """An attention kernel whose speed somebody has published."""
+
+    FLASH_2 = "FlashAttention-2"
+    FLASH_3 = "FlashAttention-3"
+    FLASH_3_FP8 = "FlashAttention-3 FP8"
+    SAGE_1 = "SageAttention 1"
+    SAGE_2 = "SageAttention 2"
+    SAGE_2_PLUS = "SageAttention 2++"
+    SAGE_3 = "SageAttention 3"
+    FUSED = "fused, 16 bit"  # the compiler's own
+    FUSED_FP8 = "fused, FP8"
+
+
+_SAGE_PAPERS = "arXiv 2411.10958, 2505.11594, 2505.21136: head dim 128, 32K tokens, not causal"
+# TFLOP/s (TOP/s) by GPU.
+_MEASURED: dict[AttentionKernel, dict[str, float]] = {
+    AttentionKernel.FLASH_2: {"H100 SXM": 339, "RTX 4090": 164, "RTX 5090": 214},
+    AttentionKernel.FLASH_3: {"H100 SXM": 470},
+    AttentionKernel.FLASH_3_FP8: {"H100 SXM": 892},
+    AttentionKernel.SAGE_1: {"H100 SXM": 518, "RTX 4090": 322, "RTX 5090": 479},
+    AttentionKernel.SAGE_2: {"H100 SXM": 882, "RTX 4090": 431, "RTX 5090": 554},
+    AttentionKernel.SAGE_2_PLUS: {"RTX 4090": 493, "RTX 5090": 643},
+    AttentionKernel.SAGE_3: {"RTX 5090": 1027},
+}
+# The A100's part of FlashAttention-2's own figures; there is no A100 in the table above.
+_FLASH_2_AMPERE = Constant(0.73, "arXiv 2307.08691: up to 73 % of the A100's dense rate")
+_FAMILY = {
+    "sm75": "sm80",
+    "sm80": "sm80",
+    "sm86": "sm80",
+    "sm89": "sm89",
+    "sm90": "sm90",
+    "sm100": "sm90",
+    "sm120": "sm120",
+}
+_FP8_RATIO = _MEASURED[AttentionKernel.FLASH_3_FP8]["H100 SXM"] / _MEASURED[AttentionKernel.FLASH_3]["H100 SXM"]
+_FUSED_SOURCE = "assumed as fast as FlashAttention-2, for want of a published figure"
+
+
+@dataclass(frozen=True)
+class AttentionRate:
+    """Operations per second of one kernel on one GPU, with what the number rests on."""
+
+    kernel: AttentionKernel
+    rate: float
+    source: str
+    extrapolated: bool
+
+
+def attention_rate(kernel: AttentionKernel, gpu: Gpu) -> AttentionRate:
+    """Return how fast a kernel is on a GPU.
+
+    Raises:
+        RequestError: Where neither a figure nor a measured relative of the GPU exists.
+    """
+    if kernel in (AttentionKernel.FUSED, AttentionKernel.FUSED_FP8):
+        base = attention_rate(AttentionKernel.FLASH_2, gpu)
+        if kernel is AttentionKernel.FUSED:
+            return AttentionRate(kernel, base.rate, _FUSED_SOURCE, True)
+        note = f"{_FUSED_SOURCE}; times {_FP8_RATIO:.1f}, FlashAttention-3's ratio of FP8 to fp16"
+        return AttentionRate(kernel, base.rate * _FP8_RATIO, note, True)
+    measured = _MEASURED[kernel]
+    if gpu.name in measured:
+        return AttentionRate(kernel, measured[gpu.name] * 1e12, _SAGE_PAPERS, False)
+    dense = gpu.rates["fp16"]
+    family = _FAMILY[gpu.architecture]
+    if kernel is AttentionKernel.FLASH_2 and family == "sm80":
+        return AttentionRate(kernel, _FLASH_2_AMPERE.value * dense, _FLASH_2_AMPERE.source, gpu.architecture != "sm80")
+    for name, rate in measured.items():
+        relative = find_gpu(name)
+        if _FAMILY[relative.architecture] == family:
+            fraction = rate * 1e12 / relative.rates["fp16"]
+            return AttentionRate(kernel, fraction * dense, f"{_SAGE_PAPERS}; scaled from the {name}", True)
+    raise RequestError(
+        f"nobody has published how fast {kernel.value} is on the {gpu.name} or a GPU like it.",
+        received=f"{kernel.value} on {gpu.architecture}",
+        expected="a GPU like " + " or ".join(measured),
+        fix="choose another --attention, or another --gpu",
+    )
+
+
+def default_kernels(backend: Backend) -> dict[Precision, AttentionKernel]:
+    """Return the kernel that a target's attention is assumed to run in, by precision.
+
+    TensorRT takes our plugins for 8-bit attention, which are of SageAttention 2's kind; the other backends have their
+    own fused kernels. Attention in fp32 has none.
+    """
+    eight_bit = AttentionKernel.SAGE_2 if backend is Backend.TRT else AttentionKernel.FUSED_FP8
+    return {
+        Precision.FP16: AttentionKernel.FUSED,
+        Precision.BF16: AttentionKernel.FUSED,
+        Precision.FP8: eight_bit,
+    }

@@ -1,0 +1,127 @@
+"""Bytes: what plans hold, what a call needs on the GPU, and what exporting and building take on the host.
+
+A plan is its weights and a little code. On the GPU a phase holds the weights of one stage, that stage's activations,
+inputs and outputs, and what the phase before put out; stages are loaded when they are needed and leave before the next
+one (the modulation, a quarter of the transformer, before the loop). The builder's figures are measured constants of
+TensorRT-RTX 1.7 on a machine without a GPU. Not modelled: fragmentation, and activations of a backend that orders
+kernels otherwise than TensorRT-RTX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from reelforge.export.planner.kernels import Constant
+from reelforge.export.planner.layers import StageLayers
+from reelforge.export.planner.work import Call, Phase
+from reelforge.export.stage import Stage
+
+_ELEMENT_BYTES = {"float32": 4, "int64": 8}
+
+EXPORT_BYTES = Constant(0.53e9, "benchmarks/export.md: peak anonymous memory, fp16, weights are streamed")
+CODE_BYTES_PER_LAYER = Constant(
+    0.1e6, "plans of one block of each stage for sm89+sm120 exceed their weights by 0.9-4.3 MB (10-20 layers)"
+)
+BUILDER_BASE_BYTES = Constant(0.2e9, "intercept over plans of 0.36-2.7 GB: peak anonymous memory, TensorRT-RTX 1.7.1")
+BUILDER_SHARE_16 = Constant(1.9, "slope of the same plans, fp16: 1.9 bytes per byte of weights")
+BUILDER_SHARE_8 = Constant(1.43, "FP8 of the whole transformer: about 18 GB for a plan of 12.55 GB (extrapolated)")
+BUILDER_SECONDS_PER_LAYER = Constant(0.21, "plans of 12.55 GB in 286 s and of 25.0 GB in 470 s, 482 layers, two cores")
+BUILDER_SECONDS_PER_BYTE = Constant(14.8e-9, "slope of the same two plans")
+GPU_RESERVED_BYTES = Constant(0.6e9, "an assumption: CUDA context and loaded kernels")
+
+
+@dataclass(frozen=True)
+class BuildCost:
+    """What one stage costs to build.
+
+    Attributes:
+        stage: Its name.
+        weight_bytes: Parameters in the recipe's precisions.
+        plan_bytes: All of its plans or, without plans, what its graph refers to.
+        parts: Into how many plans it is cut.
+        builder_bytes: Peak anonymous memory while the largest part is compiled; 0 where nothing is compiled.
+        builder_seconds: Of all parts, on two cores; figures vary by a factor of two.
+    """
+
+    stage: str
+    weight_bytes: int
+    plan_bytes: int
+    parts: int
+    builder_bytes: int
+    builder_seconds: float
+
+
+@dataclass(frozen=True)
+class PhaseMemory:
+    """GPU memory of one phase, at the stage and the call where it is largest.
+
+    Attributes:
+        phase: The phase.
+        stage: The stage with the largest sum.
+        weight_bytes: Of that stage (of the largest part, if parts are streamed).
+        activation_bytes: Of that stage.
+        io_bytes: Its inputs and outputs.
+        carried_bytes: What the phase before put out.
+    """
+
+    phase: Phase
+    stage: str
+    weight_bytes: int
+    activation_bytes: int
+    io_bytes: int
+    carried_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it, with what the driver keeps."""
+        own = self.weight_bytes + self.activation_bytes + self.io_bytes + self.carried_bytes
+        return own + int(GPU_RESERVED_BYTES.value)
+
+
+def build_cost(layers: StageLayers, parts: int, plans: int) -> BuildCost:
+    """Return the cost of building one stage.
+
+    Args:
+        layers: The stage's layers.
+        parts: Into how many pieces of about equal size it is cut.
+        plans: For how many sets of architectures it is compiled; 0 where the target compiles nothing.
+    """
+    weights = layers.weight_bytes
+    if not plans:
+        return BuildCost(layers.name, weights, weights, 1, 0, 0.0)
+    count = len(layers.layers)
+    plan = weights + int(CODE_BYTES_PER_LAYER.value * count)
+    seconds = BUILDER_SECONDS_PER_LAYER.value * count + BUILDER_SECONDS_PER_BYTE.value * plan
+    return BuildCost(layers.name, weights, plan * plans, parts, builder_bytes(layers, parts), seconds * plans)
+
+
+def builder_bytes(layers: StageLayers, parts: int) -> int:
+    """Return the peak anonymous memory while the largest of ``parts`` equal pieces is compiled."""
+    quantised = sum(layer.bytes for layer in layers.layers.values() if layer.precision.quantised)
+    share = BUILDER_SHARE_8.value * quantised + BUILDER_SHARE_16.value * (layers.weight_bytes - quantised)
+    return int(BUILDER_BASE_BYTES.value + share / parts)
+
+
+def parts_that_fit(layers: StageLayers, blocks: int, host_bytes: int) -> int | None:
+    """Return the fewest pieces whose compilation fits the host's memory, or None if ``blocks`` pieces do not."""
+    return next((parts for parts in range(1, blocks + 1) if builder_bytes(layers, parts) <= host_bytes), None)
+
+
+def activation_bytes(call: Call, layers: StageLayers) -> int:
+    """Return the largest sum of tensors that are alive together."""
+    return max(
+        (sum(live.elements * layers.operand_bytes(live.read_by) for live in moment) for moment in call.moments),
+        default=0,
+    )
+
+
+def tensor_bytes(stage: Stage, names: Iterable[str], dimensions: Mapping[str, int]) -> int:
+    """Return the size of inputs or outputs of a stage."""
+    total = 0
+    for info in stage.tensor_infos(tuple(names)):
+        size = _ELEMENT_BYTES[info.dtype]
+        for dimension in info.shape:
+            size *= dimensions[dimension] if isinstance(dimension, str) else dimension
+        total += size
+    return total

@@ -1,0 +1,307 @@
+"""plan_build: from a checkpoint's headers, a recipe and a target to a Plan of costs; nothing is built or executed.
+
+The module puts the pieces together: layers, operations, bytes and seconds of every stage for every shape. What does not
+fit is judged in ``refusals``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from reelforge.export.family import Family
+from reelforge.export.planner.flops import Flops, call_flops
+from reelforge.export.planner.gpus import Gpu
+from reelforge.export.planner.kernels import AttentionKernel, default_kernels
+from reelforge.export.planner.layers import StageLayers, stage_layers
+from reelforge.export.planner.memory import (
+    EXPORT_BYTES,
+    BuildCost,
+    PhaseMemory,
+    activation_bytes,
+    build_cost,
+    parts_that_fit,
+    tensor_bytes,
+)
+from reelforge.export.planner.roofline import Seconds, call_seconds
+from reelforge.export.planner.work import Phase, StageWork, Workload
+from reelforge.export.stage import Stage
+from reelforge.runtime.recipe import Backend, Precision, Recipe, Target, VideoShape
+from reelforge.runtime.spec import ModelSpec, VaeTiling
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is planned: a family, its numbers and its stages.
+
+    Attributes:
+        family: Gives rules and work.
+        spec: The numbers.
+        stages: Those that are built.
+        template_tokens: Tokens of the prompt's template that are cropped from the text.
+        tilings: Other tilings of the decoder, by the option that chooses them.
+    """
+
+    family: Family
+    spec: ModelSpec
+    stages: Sequence[Stage]
+    template_tokens: int
+    tilings: Mapping[str, VaeTiling] = field(default_factory=dict)
+
+    @cached_property
+    def parameters(self) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
+        """Stage -> parameter -> shape; modules are built for it, without storage."""
+        return {stage.name: stage.parameter_shapes() for stage in self.stages}
+
+    def layers(self, stage: str, recipe: Recipe) -> StageLayers:
+        """Return the layers of a stage in the precisions of a recipe."""
+        rules = self.family.quantisation(self.spec).get(stage)
+        return stage_layers(stage, self.parameters[stage], recipe, rules)
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a plan is asked for beside the recipe.
+
+    Attributes:
+        gpu: Where videos will be made; None leaves times and fits out.
+        steps: Sampling steps; None means the model's default.
+        parts: Into how many pieces stages are cut; for others, as few as the host's memory asks for.
+        host_bytes: Memory of the machine that builds; None means enough.
+        streamed: Whether only one piece of the loop's stage is on the GPU at a time.
+        calibration_bytes: Weights that calibration may load; 0 if nothing is calibrated.
+        kernels: Attention kernels by precision, instead of the target's.
+    """
+
+    gpu: Gpu | None = None
+    steps: int | None = None
+    parts: Mapping[str, int] = field(default_factory=dict)
+    host_bytes: int | None = None
+    streamed: bool = False
+    calibration_bytes: int = 0
+    kernels: Mapping[Precision, AttentionKernel] | None = None
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What one video costs in one stage.
+
+    Attributes:
+        stage: Its name.
+        phase: Its part of the generation.
+        calls: How often it runs.
+        flops: Of all calls.
+        seconds: Of all calls; None without a GPU.
+        activation_bytes: Of the largest call.
+        io_bytes: Inputs and outputs of the largest call.
+        output_bytes: The outputs alone.
+    """
+
+    stage: str
+    phase: Phase
+    calls: int
+    flops: Flops
+    seconds: Seconds | None
+    activation_bytes: int
+    io_bytes: int
+    output_bytes: int
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """One shape: what a video of it costs.
+
+    Attributes:
+        shape: Of the video; one frame is image mode.
+        steps: Sampling steps.
+        stages: In pipeline order.
+        memory: GPU memory by phase, in order.
+    """
+
+    shape: VideoShape
+    steps: int
+    stages: tuple[StageCost, ...]
+    memory: tuple[PhaseMemory, ...]
+
+    @property
+    def peak(self) -> PhaseMemory:
+        """The phase that needs most."""
+        return max(self.memory, key=lambda phase: phase.total_bytes)
+
+    @property
+    def seconds_per_video(self) -> float | None:
+        """Of all stages; None without a GPU."""
+        known = [stage.seconds for stage in self.stages if stage.seconds is not None]
+        return sum(seconds.total for seconds in known) if known else None
+
+    @property
+    def step(self) -> Seconds | None:
+        """One sampling step; None without a GPU or the loop's stage."""
+        loop = [stage for stage in self.stages if stage.phase is Phase.LOOP]
+        if not loop or loop[0].seconds is None:
+            return None
+        return loop[0].seconds * (1 / self.steps)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is predicted of a build and its videos.
+
+    Attributes:
+        target: Backend and architectures.
+        recipe: Precisions and shapes.
+        options: What was asked for.
+        export_bytes: Peak anonymous memory of the export (with calibration, if there is one).
+        builds: By stage.
+        buckets: One per shape, and one per picture size in image mode.
+        attention_kernel: That the loop's attention is assumed to run in; None for one that is not fused.
+    """
+
+    target: Target
+    recipe: Recipe
+    options: PlanOptions
+    export_bytes: int
+    builds: tuple[BuildCost, ...]
+    buckets: tuple[Bucket, ...]
+    attention_kernel: AttentionKernel | None
+
+    @property
+    def bundle_bytes(self) -> int:
+        """All plans or weights together."""
+        return sum(build.plan_bytes for build in self.builds)
+
+    @property
+    def builder_bytes(self) -> int:
+        """Peak anonymous memory of the build: stages are compiled one after the other."""
+        return max((build.builder_bytes for build in self.builds), default=0)
+
+    @property
+    def builder_seconds(self) -> float:
+        """Of all stages."""
+        return sum(build.builder_seconds for build in self.builds)
+
+
+def make_plan(model: Model, target: Target, recipe: Recipe, options: PlanOptions | None = None) -> Plan:
+    """Predict what a build costs, and videos made with it.
+
+    Args:
+        model: What is built.
+        target: For what.
+        recipe: In which precisions, for which shapes.
+        options: GPU, steps, partition.
+
+    Raises:
+        RequestError: If the GPU does not compute in a precision of the recipe.
+    """
+    options = options or PlanOptions()
+    layers = {stage.name: model.layers(stage.name, recipe) for stage in model.stages}
+    builds = tuple(_build(stage, layers[stage.name], target, options) for stage in model.stages)
+    kernels = options.kernels or default_kernels(target.backend)
+    planner = _Planner(model, recipe, replace(options, kernels=kernels), layers, builds)
+    buckets = tuple(planner.bucket(shape) for shape in with_images(_shapes(model, recipe)))
+    return Plan(
+        target,
+        recipe,
+        options,
+        int(EXPORT_BYTES.value) + options.calibration_bytes,
+        builds,
+        buckets,
+        _loop_kernel(kernels, layers, buckets[0]),
+    )
+
+
+def _loop_kernel(
+    kernels: Mapping[Precision, AttentionKernel], layers: Mapping[str, StageLayers], bucket: Bucket
+) -> AttentionKernel | None:
+    loop = [layers[stage.stage] for stage in bucket.stages if stage.phase is Phase.LOOP]
+    return kernels.get(loop[0].attention) if loop else None
+
+
+def blocks_of(stage: Stage) -> int:
+    """Return into how many pieces a stage can be cut: one per repeat of its parts."""
+    return max(1, sum(part.repeat for part in stage.parts if part.repeat > 1))
+
+
+def _build(stage: Stage, layers: StageLayers, target: Target, options: PlanOptions) -> BuildCost:
+    backend = target.backend
+    plans = len(target.architectures) if backend is Backend.TRT else int(backend.has_plans)
+    parts = options.parts.get(stage.name)
+    if parts is None:
+        blocks = blocks_of(stage)
+        parts = 1 if options.host_bytes is None else parts_that_fit(layers, blocks, options.host_bytes) or blocks
+    return build_cost(layers, parts, plans)
+
+
+def with_images(shapes: Sequence[VideoShape]) -> tuple[VideoShape, ...]:
+    """Return the shapes, and one frame of every picture size among them."""
+    images = (VideoShape(shape.height, shape.width, 1) for shape in shapes)
+    return tuple(dict.fromkeys((*shapes, *images)))
+
+
+def _shapes(model: Model, recipe: Recipe) -> tuple[VideoShape, ...]:
+    defaults = model.spec.defaults
+    return recipe.shapes or (VideoShape(defaults.height, defaults.width, defaults.frames),)
+
+
+def _workload(model: Model, recipe: Recipe, options: PlanOptions, shape: VideoShape) -> Workload:
+    text = model.spec.llm.max_text_tokens
+    steps = options.steps or model.spec.defaults.steps
+    return Workload(shape, steps, text, text + model.template_tokens, recipe.batch)
+
+
+@dataclass(frozen=True)
+class _Planner:
+    """Costs of one shape after the other, over what all shapes share."""
+
+    model: Model
+    recipe: Recipe
+    options: PlanOptions
+    layers: Mapping[str, StageLayers]
+    builds: tuple[BuildCost, ...]
+
+    def bucket(self, shape: VideoShape) -> Bucket:
+        """Return the costs of one shape."""
+        workload = _workload(self.model, self.recipe, self.options, shape)
+        works = self.model.family.work(self.model.spec, workload)
+        stages = tuple(self._stage(stage, works[stage.name]) for stage in self.model.stages)
+        return Bucket(shape, workload.steps, stages, tuple(self._memory(stages)))
+
+    def _stage(self, stage: Stage, work: StageWork) -> StageCost:
+        layers, gpu = self.layers[stage.name], self.options.gpu
+        flops, seconds = Flops(), Seconds()
+        for call in work.calls:
+            flops += call_flops(call, layers) * call.times
+            if gpu is not None:
+                seconds += call_seconds(call, layers, gpu, self.options.kernels or {}) * call.times
+        return StageCost(
+            stage.name,
+            work.phase,
+            sum(call.times for call in work.calls),
+            flops,
+            None if gpu is None else seconds,
+            max(activation_bytes(call, layers) for call in work.calls),
+            max(tensor_bytes(stage, (*stage.inputs, *stage.outputs), call.dimensions) for call in work.calls),
+            max(tensor_bytes(stage, stage.outputs, call.dimensions) for call in work.calls),
+        )
+
+    def _memory(self, stages: Sequence[StageCost]) -> list[PhaseMemory]:
+        streamed = [stage.stage for stage in stages if self.options.streamed and stage.phase is Phase.LOOP]
+        weights = {
+            build.stage: -(-build.weight_bytes // build.parts) if build.stage in streamed else build.weight_bytes
+            for build in self.builds
+        }
+        result: list[PhaseMemory] = []
+        carried = 0
+        for phase in Phase:
+            of_phase = [stage for stage in stages if stage.phase is phase]
+            if of_phase:
+                candidates = [
+                    PhaseMemory(
+                        phase, stage.stage, weights[stage.stage], stage.activation_bytes, stage.io_bytes, carried
+                    )
+                    for stage in of_phase
+                ]
+                result.append(max(candidates, key=lambda memory: memory.total_bytes))
+            carried = sum(stage.output_bytes for stage in of_phase)
+        return result

@@ -1,0 +1,183 @@
+"""Bytes against sums worked out by hand, and the properties that any plan must have."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from reelforge.export.planner.gpus import find_gpu
+from reelforge.export.planner.memory import builder_bytes, parts_that_fit
+from reelforge.export.planner.plan import Bucket, Plan, PlanOptions, make_plan
+from reelforge.export.planner.work import Phase
+from reelforge.runtime.recipe import Precision, Recipe, Target, VideoShape
+from tests.export.planner.models import HD, MIDDLE, SMALL, model, recipe
+
+RTX = Target.parse("rtx:sm89+sm120")
+
+
+def plan_of(what: Recipe, **options: object) -> Plan:
+    return make_plan(model(), RTX, what, PlanOptions(**options))  # type: ignore[arg-type]
+
+
+def stage_bytes(plan: Plan, stage: str) -> int:
+    return next(build.weight_bytes for build in plan.builds if build.stage == stage)
+
+
+def phase_bytes(bucket: Bucket, phase: Phase) -> int:
+    return next(memory.total_bytes for memory in bucket.memory if memory.phase is phase)
+
+
+# Parameters by hand: specification, section 6.1.
+@pytest.mark.parametrize(
+    ("stage", "parameters"), [("dit", 9.0622e9), ("llm", 7.069e9), ("clip", 123.1e6), ("vae_decoder", 146.1e6)]
+)
+def test_weights_are_parameters_times_their_size(stage: str, parameters: float) -> None:
+    plan = plan_of(recipe(HD))
+    assert stage_bytes(plan, stage) == pytest.approx(2 * parameters, rel=1e-3)
+
+
+def test_the_modulation_holds_a_quarter_of_the_transformer() -> None:
+    plan = plan_of(recipe(HD))
+    assert stage_bytes(plan, "modulation") == pytest.approx(2 * (3.397e9 + 0.0189e9 + 0.0323e9), rel=1e-3)
+
+
+def test_an_8_bit_stage_keeps_embeddings_norms_and_biases_in_high_precision() -> None:
+    what = recipe(HD, dit=Precision.FP8)
+    layers = model().layers("dit", what)
+    kept = {name for name, layer in layers.layers.items() if not layer.precision.quantised}
+    assert kept == {"patch_embed", "final.proj"}
+    fc1 = layers.layers["single.0.fc1"]
+    assert fc1.bytes == 12288 * 3072 + 2 * 12288 + 4 * 12288 + 4  # codes, bias, a scale per channel, the input's scale
+
+
+def test_kept_layers_are_counted_in_high_precision() -> None:
+    plain = plan_of(recipe(HD, dit=Precision.FP8))
+    kept = plan_of(replace(recipe(HD, dit=Precision.FP8), kept={"dit": ("single.39.*",)}))
+    difference = stage_bytes(kept, "dit") - stage_bytes(plain, "dit")
+    assert difference == pytest.approx(113.2e6, rel=1e-3)
+
+
+def test_activations_of_the_loop_are_those_of_a_single_block() -> None:
+    plan = plan_of(recipe(HD))
+    dit = next(stage for stage in plan.buckets[0].stages if stage.stage == "dit")
+    # q, k, v and the MLP's hidden, its activation, the stream and the attention's projection; fp16.
+    assert dit.activation_bytes == 2 * 119_056 * (3 * 3072 + 12288 + 12288 + 2 * 3072)
+
+
+def test_the_loop_carries_what_conditioning_put_out_for_all_steps() -> None:
+    plan = plan_of(recipe(HD))
+    loop = next(memory for memory in plan.buckets[0].memory if memory.phase is Phase.LOOP)
+    text, vectors = 50 * 256 * 3072 * 4, 50 * 3072 * (20 * 12 + 40 * 3 + 2) * 4
+    assert loop.carried_bytes == text + vectors
+    assert loop.weight_bytes == stage_bytes(plan, "dit")  # and nothing of the modulation
+
+
+def test_image_mode_is_planned_for_every_picture_size() -> None:
+    plan = plan_of(recipe(HD, MIDDLE, replace(HD, frames=65)))
+    assert [str(bucket.shape) for bucket in plan.buckets] == [
+        "720x1280x129",
+        "544x960x129",
+        "720x1280x65",
+        "720x1280x1",
+        "544x960x1",
+    ]
+
+
+def test_without_shapes_the_models_default_is_planned() -> None:
+    assert plan_of(recipe()).buckets[0].shape == HD
+
+
+def test_without_a_gpu_there_are_no_times() -> None:
+    bucket = plan_of(recipe(SMALL)).buckets[0]
+    assert bucket.seconds_per_video is None
+    assert bucket.step is None
+
+
+def test_a_larger_video_costs_more_of_everything() -> None:
+    shapes = (VideoShape(320, 512, 61), SMALL, MIDDLE, HD)
+    plan = plan_of(recipe(*shapes), gpu=find_gpu("RTX 4090"))
+    for smaller, larger in itertools.pairwise(plan.buckets[: len(shapes)]):
+        assert smaller.step is not None
+        assert larger.step is not None
+        assert smaller.step.total < larger.step.total
+        for phase in (Phase.LOOP, Phase.DECODE):
+            assert phase_bytes(smaller, phase) <= phase_bytes(larger, phase)
+        for one, other in zip(smaller.stages, larger.stages, strict=True):
+            assert one.flops.total <= other.flops.total
+
+
+def test_fewer_bits_never_cost_more() -> None:
+    gpu = find_gpu("RTX 4090")
+    plans = [
+        plan_of(recipe(HD, dit=Precision.FP32), gpu=gpu),
+        plan_of(recipe(HD, dit=Precision.FP16), gpu=gpu),
+        plan_of(recipe(HD, dit=Precision.FP8), gpu=gpu),
+        plan_of(recipe(HD, dit=Precision.FP8, attention=Precision.FP8), gpu=gpu),
+    ]
+    for wider, narrower in itertools.pairwise(plans):
+        one, other = wider.buckets[0], narrower.buckets[0]
+        assert one.step is not None
+        assert other.step is not None
+        assert other.step.total < one.step.total
+        assert phase_bytes(other, Phase.LOOP) <= phase_bytes(one, Phase.LOOP)
+        assert narrower.bundle_bytes <= wider.bundle_bytes
+        assert narrower.builder_bytes <= wider.builder_bytes
+
+
+def test_steps_multiply_the_loop_and_nothing_else() -> None:
+    gpu = find_gpu("H100")
+    few, many = (make_plan(model(), Target.parse("trt:sm90"), recipe(SMALL), PlanOptions(gpu, n)) for n in (10, 20))
+    assert few.buckets[0].step is not None
+    assert many.buckets[0].step is not None
+    assert few.buckets[0].step.total == pytest.approx(many.buckets[0].step.total)
+    dit = [next(stage for stage in plan.buckets[0].stages if stage.stage == "dit") for plan in (few, many)]
+    assert dit[1].flops == dit[0].flops * 2
+
+
+def test_no_kernel_beats_its_rate_and_no_byte_its_bandwidth() -> None:
+    gpu = find_gpu("RTX 5090")
+    plan = plan_of(recipe(HD, SMALL, dit=Precision.FP8), gpu=gpu)
+    for bucket in plan.buckets:
+        for stage in bucket.stages:
+            assert stage.seconds is not None
+            assert stage.seconds.total >= stage.flops.total / max(gpu.rates.values())
+            assert stage.seconds.total >= stage.activation_bytes / gpu.bandwidth / 10
+
+
+def test_a_target_without_plans_has_nothing_to_compile() -> None:
+    plan = make_plan(model(), Target.parse("cpu"), recipe(SMALL))
+    assert plan.builder_bytes == 0
+    assert plan.builder_seconds == 0
+    assert all(build.plan_bytes == build.weight_bytes for build in plan.builds)
+
+
+def test_tensorrt_makes_a_plan_per_architecture() -> None:
+    one, two = (make_plan(model(), Target.parse(f"trt:{names}"), recipe(SMALL)) for names in ("sm90", "sm80+sm90"))
+    assert two.bundle_bytes == 2 * one.bundle_bytes
+
+
+def test_a_stage_is_cut_into_as_few_parts_as_memory_asks_for() -> None:
+    plan = plan_of(recipe(SMALL), host_bytes=int(14e9))
+    parts = {build.stage: build.parts for build in plan.builds}
+    assert parts["clip"] == 1
+    assert parts["llm"] == 2
+    assert parts["dit"] == 3
+    assert all(build.builder_bytes <= 14e9 for build in plan.builds)
+
+
+def test_parts_shrink_the_builder_until_none_is_left_to_cut() -> None:
+    layers = model().layers("dit", recipe(SMALL))
+    sizes = [builder_bytes(layers, parts) for parts in (1, 2, 4, 8)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert parts_that_fit(layers, 60, 10**12) == 1
+    assert parts_that_fit(layers, 60, 10**8) is None
+
+
+def test_batch_multiplies_the_loop() -> None:
+    one = make_plan(model(), RTX, recipe(SMALL)).buckets[0]
+    two = make_plan(model(batch=2), RTX, replace(recipe(SMALL), batch=2)).buckets[0]
+    first, second = (next(stage for stage in bucket.stages if stage.stage == "dit") for bucket in (one, two))
+    assert second.flops == first.flops * 2
+    assert second.activation_bytes == 2 * first.activation_bytes
