@@ -23,14 +23,14 @@ class LowerFloat8Pass(InPlacePass):
         """Lower each pair."""
         pairs = [pair for node in model.graph if (pair := _pair(node)) is not None]
         for quantise, dequantise in pairs:
-            value, scale = quantise.inputs[0], quantise.inputs[1]
-            if value is None:
-                raise AssertionError(f"{quantise.name} has no input")
+            value, scale, back = quantise.inputs[0], quantise.inputs[1], dequantise.inputs[1]
+            if value is None or back is None:
+                raise AssertionError(f"{quantise.name} has no input, or {dequantise.name} no scale")
             editor = GraphEditor(model.graph, dequantise, str(quantise.name).removesuffix(".QuantizeLinear"))
             quotient = editor.emit("Div", [value, scale], kind=value.type)
             codes = editor.emit("Cast", [quotient], {"to": int(_FLOAT8), "saturate": 1}, kind=ir.TensorType(_FLOAT8))
             numbers = editor.emit("Cast", [codes], {"to": int(ir.DataType.FLOAT)}, kind=value.type)
-            product = editor.emit("Mul", [numbers, scale], kind=value.type)
+            product = editor.emit("Mul", [numbers, back], kind=value.type)
             for output in (quotient, codes, numbers, product):
                 output.shape = value.shape
             editor.replace(product)

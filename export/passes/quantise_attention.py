@@ -65,7 +65,7 @@ class QuantiseAttentionPass(InPlacePass):
                 )
                 kind = ir.TensorType(ir.DataType.FLOAT8E4M3FN)
                 codes = editor.emit("QuantizeLinear", [value, *pair], kind=kind)
-                numbers = editor.emit("DequantizeLinear", [codes, *pair], kind=value.type)
+                numbers = editor.emit("DequantizeLinear", [codes, *pair], _output_type(value), kind=value.type)
                 codes.shape = numbers.shape = value.shape
                 node.replace_input_with(index, numbers)
         return PassResult(model, modified=bool(self.attentions))
@@ -78,3 +78,10 @@ class QuantiseAttentionPass(InPlacePass):
                 producer = None if value is None else value.producer()
                 if producer is None or producer.op_type != "DequantizeLinear":
                     raise PostconditionError(f"{name} has an input in high precision")
+
+
+def _output_type(value: ir.Value) -> dict[str, int]:
+    """Return the attribute that makes numbers of fp32 scales and codes be of ``value``'s type, where it is another."""
+    if value.dtype is None or value.dtype == ir.DataType.FLOAT:
+        return {}
+    return {"output_dtype": int(value.dtype)}

@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from onnx.reference import ReferenceEvaluator
 
 from reelforge.export.assemble import assemble_stage
 from reelforge.export.capture import Trace
@@ -124,6 +125,24 @@ def test_half_precision_computes_in_half_precision(tmp_path: Path, stage: Stage,
     wanted = plain_result(tmp_path, entries, inputs)
     for value, name in zip(wanted, ("y", "sums"), strict=True):
         np.testing.assert_allclose(execute(tmp_path, model, inputs)[name], value, rtol=0, atol=2e-2)
+
+
+def test_bfloat16_computes_in_bfloat16(tmp_path: Path, stage: Stage, trace_memory: TraceMemory) -> None:
+    """ONNX Runtime's CPU provider has no bfloat16 products; ONNX's own evaluator has."""
+    traces = tuple(trace_memory(part, stage.values, Precision.BF16) for part in stage.parts)
+    entries, inputs = write_weights(tmp_path, stage, "BF16"), toy_inputs()
+    model = assemble_stage(stage, traces, Precision.BF16, entries)
+    lower(model, CPU)
+    check_graph(graph_bytes(model), "toy.onnx")
+    assert {value.dtype for value in model.graph.outputs} == {ir.DataType.FLOAT}
+    products = [node for node in model.graph if node.op_type in ("MatMul", "Gemm")]
+    assert products
+    assert {node.outputs[0].dtype for node in products} == {ir.DataType.BFLOAT16}
+    (tmp_path / "toy.onnx").write_bytes(graph_bytes(model))
+    evaluator = ReferenceEvaluator(onnx.load(tmp_path / "toy.onnx"))
+    for value, received in zip(plain_result(tmp_path, entries, inputs), evaluator.run(None, inputs), strict=True):
+        assert received.dtype == np.float32
+        np.testing.assert_allclose(received, value, rtol=0, atol=0.2)  # 8 bits through three products and a sum
 
 
 def test_weights_are_references(tmp_path: Path, stage: Stage, traces: tuple[Trace, ...]) -> None:
