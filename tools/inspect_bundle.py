@@ -1,11 +1,12 @@
-"""``reelforge inspect``: what a bundle contains, for people and for machines.
+"""``reelforge inspect``: what a bundle contains, for people and for machines, and how it differs from another.
 
-Knows the manifest only; no engine is loaded.
+Knows the manifest and the receipts; no engine is loaded.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,22 @@ from rich.text import Text
 
 from reelforge.runtime.bundle.open import Bundle, Check
 from reelforge.runtime.codec import to_json
+from reelforge.runtime.errors import RequestError
 from reelforge.runtime.manifest import Manifest, StageEntry
 from reelforge.runtime.request import default_shape
 from reelforge.tools import console
 from reelforge.tools.build_report import quality_table
+from reelforge.tools.inspect_diff import compare_bundles
+from reelforge.tools.inspect_diff_tables import difference
+from reelforge.tools.inspect_receipts import (
+    PlanReceipt,
+    layer_table,
+    of_stage,
+    plan_json,
+    plan_table,
+    profile_table,
+    read_receipts,
+)
 
 _NUMBERS = {"weights", "tensors", "parity", "limit"}
 
@@ -34,28 +47,56 @@ _NUMBERS = {"weights", "tensors", "parity", "limit"}
     show_default=True,
     help="What is verified: every digest, or only presence and sizes (instant for large bundles).",
 )
+@click.option("--layers", metavar="STAGE", help="List every layer of the stage's plans, as the compiler names them.")
+@click.option("--diff", "other", type=click.Path(path_type=Path), help="Compare BUNDLE with this one.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
-def inspect(bundle: Path, check: str, as_json: bool) -> None:
+def inspect(bundle: Path, check: str, layers: str | None, other: Path | None, as_json: bool) -> None:
     """Show what BUNDLE contains: stages, tensors, precision, weights, digests, parity and provenance.
 
-    The bundle is checked first, so the command also answers whether a copy is intact.
+    The bundle is checked first, so the command also answers whether a copy is intact. Of a bundle with compiled plans
+    it shows what the compiler made of them: how many products and attentions in which precision, weights, memory.
 
     \b
     Examples:
       reelforge inspect my.bundle
       reelforge inspect my.bundle --check sizes
       reelforge inspect my.bundle --json | jq -r .content_digest
+      reelforge inspect my.bundle --layers dit
+      reelforge inspect bf16.bundle --diff fp8.bundle
     """  # noqa: D301 - \b is click's mark for text that it does not wrap
+    if layers is not None and other is not None:
+        raise RequestError(
+            "--layers and --diff are given together.",
+            received=f"--layers {layers} --diff {other}",
+            expected="one of them",
+            fix="compare with --diff, which lists the layers whose precision differs (all of them with --json)",
+        )
     opened = Bundle.open(bundle, Check(check))
-    if as_json:
-        click.echo(json.dumps(summary(opened, Check(check)), ensure_ascii=False))
+    if other is not None:
+        found = compare_bundles(opened, Bundle.open(other, Check(check)))
+        _show(to_json(found) if as_json else difference(found), as_json)
+    elif layers is not None:
+        receipts = of_stage(opened, read_receipts(opened), layers)
+        about = {"bundle": str(opened.path), "stage": layers, "plans": [plan_json(each, True) for each in receipts]}
+        for shown in [about] if as_json else [layer_table(each) for each in receipts]:
+            _show(shown, as_json)
+    elif as_json:
+        _show(summary(opened, Check(check)), as_json)
     else:
         _print(opened, Check(check))
 
 
+def _show(value: Any, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(value, ensure_ascii=False))
+    else:
+        Console(highlight=False).print(value)
+
+
 def summary(bundle: Bundle, check: Check) -> dict[str, Any]:
-    """Return everything that the command knows about a bundle, as JSON types; weights are counted, not listed."""
+    """Return everything that the command knows about a bundle, as JSON types; weights and layers are counted only."""
     manifest = bundle.manifest
+    receipts = read_receipts(bundle)
     return {
         "bundle": str(bundle.path),
         "check": check.value,
@@ -66,14 +107,14 @@ def summary(bundle: Bundle, check: Check) -> dict[str, Any]:
         "recipe": to_json(manifest.recipe),
         "prompt_template": to_json(manifest.prompt_template),
         "files_bytes": sum(entry.bytes for entry in manifest.files),
-        "stages": [_stage_summary(manifest, entry) for entry in manifest.stages],
+        "stages": [_stage_summary(manifest, entry, receipts) for entry in manifest.stages],
         "files": to_json(manifest.files),
         "provenance": dict(manifest.provenance),
         "quality": to_json(manifest.quality),
     }
 
 
-def _stage_summary(manifest: Manifest, entry: StageEntry) -> dict[str, Any]:
+def _stage_summary(manifest: Manifest, entry: StageEntry, receipts: Sequence[PlanReceipt]) -> dict[str, Any]:
     return {
         "name": entry.name,
         "graph": entry.graph,
@@ -87,6 +128,7 @@ def _stage_summary(manifest: Manifest, entry: StageEntry) -> dict[str, Any]:
         "nodes": dict(entry.nodes),
         "tolerance": entry.tolerance,
         "parity": entry.parity,
+        "plans": [plan_json(item) for item in receipts if item.stage == entry.name],
     }
 
 
@@ -120,6 +162,9 @@ def _print(bundle: Bundle, check: Check) -> None:
         facts.add_row(name, value)
     screen.print(facts)
     screen.print(_stage_table(manifest))
+    receipts = read_receipts(bundle)
+    if receipts:
+        screen.print(plan_table(receipts), "", profile_table(receipts), "", sep="\n")
     if manifest.quality is not None:
         screen.print(quality_table(manifest.quality))
     screen.print(_tensor_table(manifest))
