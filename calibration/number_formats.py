@@ -1,7 +1,8 @@
-"""The 8-bit number formats as data, and the casts into and out of them; all symmetric, so that zero stays zero.
+"""The 8-bit number formats as data, and the casts into and out of them; zero is always exact.
 
 ``q = saturate(round_half_even(x / scale))`` in fp32, as ONNX's QuantizeLinear defines it, and ``x' = q * scale``. The
-module does not know where scales come from, nor what is quantised.
+formats are symmetric. What a layer reads may instead have unsigned codes with a zero point, for engines that prefer
+them: see :func:`unsigned_codes`. The module does not know where scales come from, nor what is quantised.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -65,7 +66,39 @@ values below what the scale was chosen for; that is nearer to them than -127."""
 FP8_E4M3 = NumberFormat("float8_e4m3fn", "F8_E4M3", np.dtype(ml_dtypes.float8_e4m3fn), 448.0, 2.0**-9, 3)
 """Four exponent and three mantissa bits, finite only: no infinities, one NaN per sign."""
 
+UNSIGNED_LEVELS = 255
+"""Steps from the smallest to the largest unsigned code."""
+
 FORMATS: Mapping[str, NumberFormat] = MappingProxyType({item.name: item for item in (INT8, FP8_E4M3)})
+
+
+class UnsignedCodes(NamedTuple):
+    """Codes 0 to 255 for a range that holds zero: ``x' = (q - zero_point) * scale``.
+
+    ``scale`` is an fp32 number; ``zero_point`` is the code of zero.
+    """
+
+    scale: float
+    zero_point: int
+
+
+def unsigned_codes(lowest: float, highest: float) -> UnsignedCodes:
+    """Return the codes that span the range and have zero among them; every value in it is at most half a step off.
+
+    The formulas are those of ONNX's DynamicQuantizeLinear. A range of zero alone has the scale 1.
+
+    Args:
+        lowest: Zero or below.
+        highest: Zero or above.
+
+    Raises:
+        ValueError: If the range does not hold zero, or is not finite.
+    """
+    if not -np.inf < lowest <= 0 <= highest < np.inf:
+        raise ValueError(f"the range {lowest} to {highest} must be finite and hold zero")
+    scale = np.float32((float(highest) - float(lowest)) / UNSIGNED_LEVELS)
+    scale = max(scale, np.finfo(np.float32).tiny) if highest > lowest else np.float32(1)
+    return UnsignedCodes(float(scale), int(np.clip(np.rint(-float(lowest) / float(scale)), 0, UNSIGNED_LEVELS)))
 
 
 def quantise(

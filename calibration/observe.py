@@ -54,17 +54,26 @@ class ObservedTensor:
         return tensor_name(self.stage, self.layer, self.kind)
 
 
-class ChannelMaxima:
-    """The largest magnitude per channel, fp32 ``[channels]``: all that smoothing factors need, at a third of the cost.
+class ChannelExtremes:
+    """The smallest and the largest value per channel, both with zero: all that smoothing factors need.
+
+    They cost a third of full statistics.
 
     Attributes:
         count: Elements observed.
-        values: The maxima; zero before the first.
+        lowest: fp32 ``[channels]``, zero or below.
+        highest: fp32 ``[channels]``, zero or above.
     """
 
     def __init__(self, channels: int) -> None:
         self.count = 0
-        self.values = np.zeros(channels, np.float32)
+        self.lowest = np.zeros(channels, np.float32)
+        self.highest = np.zeros(channels, np.float32)
+
+    @property
+    def magnitudes(self) -> FloatArray:
+        """The largest magnitude per channel, fp32 ``[channels]``; zero before the first."""
+        return np.maximum(self.highest, -self.lowest)
 
     def update(self, rows: NDArray[Any]) -> None:
         """Add ``rows``, ``[..., channels]``.
@@ -74,35 +83,44 @@ class ChannelMaxima:
         """
         if not rows.size:
             return
-        values = rows.reshape(-1, len(self.values)).astype(np.float32, copy=False)
-        maxima = np.maximum(values.max(axis=0), -values.min(axis=0))
-        if not np.isfinite(maxima).all():
+        values = rows.reshape(-1, len(self.lowest)).astype(np.float32, copy=False)
+        lowest, highest = values.min(axis=0), values.max(axis=0)
+        if not (np.isfinite(lowest).all() and np.isfinite(highest).all()):
             raise NonFiniteError(int(np.isnan(values).sum()), int(np.isinf(values).sum()), values.size)
-        np.maximum(self.values, maxima, out=self.values)
-        self.values += np.float32(0)  # no -0.0, which would show in the bytes
+        np.minimum(self.lowest, lowest, out=self.lowest)
+        np.maximum(self.highest, highest, out=self.highest)
+        for extremes in (self.lowest, self.highest):
+            extremes += np.float32(0)  # no -0.0, which would show in the bytes
         self.count += values.size
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
-        """Return the maxima as plain arrays by name."""
-        return {"count": np.array(self.count, np.int64), "channel_maxima": self.values.copy()}
+        """Return the extremes as plain arrays by name."""
+        return {"count": np.array(self.count, np.int64), "channel_extremes": np.stack([self.lowest, self.highest])}
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> ChannelMaxima:
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> ChannelExtremes:
         """Build them from what :meth:`to_arrays` returned.
 
         Raises:
             CalibrationError: If an array is missing or has another type or shape.
         """
-        count, values = arrays.get("count"), arrays.get("channel_maxima")
-        if count is None or values is None or count.shape != () or values.ndim != 1 or values.dtype != np.float32:
+        count, values = arrays.get("count"), arrays.get("channel_extremes")
+        if (
+            count is None
+            or values is None
+            or count.shape != ()
+            or values.ndim != 2
+            or len(values) != 2
+            or values.dtype != np.float32
+        ):
             raise CalibrationError(
-                "saved channel maxima are damaged or were written by another version.",
+                "saved channel extremes are damaged or were written by another version.",
                 received=", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in arrays.items()),
-                expected="count and channel_maxima",
+                expected="count and channel_extremes",
                 fix="delete them and calibrate again",
             )
-        result = cls(len(values))
-        result.count, result.values = int(count), values.copy()
+        result = cls(values.shape[1])
+        result.count, result.lowest, result.highest = int(count), values[0].copy(), values[1].copy()
         return result
 
 
@@ -111,26 +129,26 @@ class Observer:
 
     Args:
         tensors: What to expect.
-        maxima_only: Names of tensors of which only channel maxima are wanted.
+        extremes_only: Names of tensors of which only channel extremes are wanted.
         divisors: Smoothing factors by name, fp32 ``[channels]``: the tensor is observed divided by them.
 
     Attributes:
-        statistics: Of every tensor that is not in ``maxima_only``.
-        maxima: Of those that are.
+        statistics: Of every tensor that is not in ``extremes_only``.
+        extremes: Of those that are.
     """
 
     def __init__(
         self,
         tensors: Iterable[ObservedTensor],
-        maxima_only: Iterable[str] = (),
+        extremes_only: Iterable[str] = (),
         divisors: Mapping[str, FloatArray] | None = None,
     ) -> None:
         self.tensors = {tensor.name: tensor for tensor in tensors}
-        few = set(maxima_only)
+        few = set(extremes_only)
         self.statistics = {
             name: TensorStatistics(tensor.channels) for name, tensor in self.tensors.items() if name not in few
         }
-        self.maxima = {name: ChannelMaxima(tensor.channels) for name, tensor in self.tensors.items() if name in few}
+        self.extremes = {name: ChannelExtremes(tensor.channels) for name, tensor in self.tensors.items() if name in few}
         self.divisors = dict(divisors or {})
 
     def update(self, name: str, values: NDArray[Any], step: int | None = None) -> None:
@@ -145,7 +163,7 @@ class Observer:
             NonFiniteError: Naming stage, layer and step.
         """
         tensor = self.tensors[name]
-        target = self.statistics[name] if name in self.statistics else self.maxima[name]
+        target = self.statistics[name] if name in self.statistics else self.extremes[name]
         divisor = self.divisors.get(name)
         try:
             for rows in row_pieces(values, tensor.layout):
@@ -158,7 +176,7 @@ class Observer:
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Return everything as arrays named ``<tensor>/<field>``."""
-        parts: dict[str, TensorStatistics | ChannelMaxima] = {**self.statistics, **self.maxima}
+        parts: dict[str, TensorStatistics | ChannelExtremes] = {**self.statistics, **self.extremes}
         return {f"{name}/{key}": array for name in parts for key, array in parts[name].to_arrays().items()}
 
     def load_arrays(self, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -173,8 +191,8 @@ class Observer:
             grouped.setdefault(tensor, {})[key] = array
         for name in self.statistics:
             self.statistics[name] = TensorStatistics.from_arrays(grouped.get(name, {}))
-        for name in self.maxima:
-            self.maxima[name] = ChannelMaxima.from_arrays(grouped.get(name, {}))
+        for name in self.extremes:
+            self.extremes[name] = ChannelExtremes.from_arrays(grouped.get(name, {}))
 
 
 def row_pieces(values: NDArray[Any], layout: ChannelLayout) -> Iterator[NDArray[Any]]:

@@ -26,18 +26,20 @@ from numpy.typing import NDArray
 from reelforge.calibration.errors import CalibrationError
 from reelforge.runtime.codec import CodecError, from_json, to_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _ALIGNMENT = 64
 _PROVENANCE = "reelforge.calibration"
 _DIGEST = "reelforge.sha256"
 _AGAIN = "calibrate again with this version"
+_EXPECTED = {"scale": "positive finite numbers", "range": "two finite numbers with zero between them"}
 
 
 class ScaleKind(enum.Enum):
     """What a tensor of the file is for a layer."""
 
-    ACTIVATION = "activation"  # [] scale of the layer's input
+    ACTIVATION = "activation"  # [] scale of the layer's input, around zero
+    RANGE = "range"  # [2] lowest and highest value of an INT8 layer's input that codes with a zero point stand for
     WEIGHT = "weight"  # [output channels] scales
     SMOOTHING = "smoothing"  # [input channels] migration factors
     QUERY = "query"  # [] scale of an attention's rotated queries
@@ -114,15 +116,16 @@ def write_scale_file(path: Path, provenance: Provenance, tensors: Mapping[str, N
         tensors: By full name (see :func:`tensor_name`), any shape, written as fp32.
 
     Raises:
-        CalibrationError: If a scale is not positive and finite, or the file cannot be written.
+        CalibrationError: If a scale is not positive and finite, a range does not hold zero, or the file cannot be
+            written.
     """
     values = {name: np.array(tensors[name], "<f4", order="C") for name in sorted(tensors)}
     for name, array in values.items():
-        if not (np.isfinite(array) & (array > 0)).all():
+        if not _usable(name, array):
             raise CalibrationError(
-                f"{name!r} holds scales that cannot be used.",
+                f"{name!r} holds {_what(name)}s that cannot be used.",
                 received=f"values from {array.min()} to {array.max()}",
-                expected="positive finite numbers",
+                expected=_EXPECTED[_what(name)],
                 fix="this is a bug of the calibration; please report it with the prompts and the seed",
             )
     content = _encode(provenance, values)
@@ -248,7 +251,7 @@ def _decode(path: Path, content: bytes) -> tuple[Provenance, dict[str, NDArray[n
         raise _refused(path, "is of another version", f"schema version {version}", f"schema version {SCHEMA_VERSION}")
     try:
         provenance = from_json(Provenance, json.loads(text))
-        tensors = {name: _tensor(entry, data) for name, entry in header.items()}
+        tensors = {name: _tensor(name, entry, data) for name, entry in header.items()}
     except (CodecError, ValueError, KeyError, TypeError) as error:
         raise _refused(path, "is not a scale file", str(error)) from error
     if _encode(provenance, tensors) != content:  # spaces, order or bytes that the digest does not see
@@ -256,14 +259,26 @@ def _decode(path: Path, content: bytes) -> tuple[Provenance, dict[str, NDArray[n
     return provenance, tensors
 
 
-def _tensor(entry: Mapping[str, Any], data: bytes) -> NDArray[np.float32]:
+def _tensor(name: str, entry: Mapping[str, Any], data: bytes) -> NDArray[np.float32]:
     shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
     if entry["dtype"] != "F32" or end - start != 4 * math.prod(shape):
         raise ValueError(f"a tensor of type {entry['dtype']} and shape {list(shape)} in {end - start} bytes")
     array = np.frombuffer(data, "<f4", math.prod(shape), start).reshape(shape)
-    if not (np.isfinite(array) & (array > 0)).all():
-        raise ValueError("scales that are not positive and finite")
+    if not _usable(name, array):
+        raise ValueError(f"a {_what(name)} that is not {_EXPECTED[_what(name)]}")
     return array
+
+
+def _what(name: str) -> str:
+    return "range" if name.endswith(f".{ScaleKind.RANGE.value}") else "scale"
+
+
+def _usable(name: str, array: NDArray[np.float32]) -> bool:
+    if not np.isfinite(array).all():
+        return False
+    if _what(name) == "range":
+        return array.shape == (2,) and bool(array[0] <= 0 <= array[1])
+    return bool((array > 0).all())
 
 
 def _refused(

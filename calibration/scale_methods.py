@@ -1,7 +1,8 @@
 """From statistics to scales: where to clip a tensor so that 8 bits serve it best.
 
 Every method returns ``clip / number_format.largest`` for one clip per tensor. They see the histogram of
-magnitudes and nothing else: not the layer, not what its error does to the picture.
+magnitudes and nothing else: not the layer, not what its error does to the picture. For engines whose codes have a zero
+point there is a range beside the scale: the smallest and largest value, cut off at the clip.
 
 The methods:
     ``max``: the largest magnitude; nothing is clipped.
@@ -21,13 +22,14 @@ The methods:
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reelforge.calibration.errors import CalibrationError, NonFiniteError
-from reelforge.calibration.number_formats import NumberFormat
+from reelforge.calibration.number_formats import INT8, UNSIGNED_LEVELS, NumberFormat
 from reelforge.calibration.statistics import BINS, TensorStatistics
 
 DEFAULT_PERCENTILE = 99.99
@@ -90,6 +92,25 @@ def activation_scale(
     return np.float32(_positive(np.asarray(clip) / number_format.largest))
 
 
+def activation_range(statistics: TensorStatistics, scale: np.float32, method: ScaleMethod) -> NDArray[np.float32]:
+    """Return the range that unsigned codes of an INT8 layer's input span, fp32 ``[2]``: ``lowest <= 0 <= highest``.
+
+    It is what was observed, with zero, clipped at the method's magnitude on both sides.
+
+    Args:
+        statistics: What was observed of the input.
+        scale: What :func:`activation_scale` chose for it and INT8.
+        method: With which it was chosen. ``max`` clips nothing, and ``mse`` searches for a clip of the range's own.
+    """
+    if method is ScaleMethod.MAX:
+        clip = statistics.absolute_maximum
+    elif method is ScaleMethod.MSE:
+        clip = mse_range_clip(statistics)
+    else:
+        clip = float(scale) * INT8.largest
+    return np.clip(_range(statistics), -clip, clip).astype(np.float32) + np.float32(0)  # no -0.0
+
+
 def weight_scales(weight: NDArray[Any], number_format: NumberFormat, axis: int = 0) -> NDArray[np.float32]:
     """Return one scale per output channel, fp32 ``[weight.shape[axis]]``: the channel's largest magnitude is kept.
 
@@ -136,30 +157,47 @@ def percentile_clip(statistics: TensorStatistics, percentile: float) -> float:
 
 def mse_clip(statistics: TensorStatistics, number_format: NumberFormat) -> float:
     """Return the clip with the smallest expected squared error, searched over 12 octaves below the maximum."""
-    edges, counts = _density(statistics)
-    largest = edges[-1]
-    if largest == 0:
-        return 0.0
-    coarse = largest * _COARSE_CLIPS
-    best = coarse[np.argmin([squared_error(edges, counts, number_format, clip) for clip in coarse])]
-    fine = np.minimum(best * _FINE_CLIPS, largest)
-    return float(fine[np.argmin([squared_error(edges, counts, number_format, clip) for clip in fine])])
+    return _mse_clip(statistics, lambda clips: clips / number_format.largest * number_format.grid)
 
 
-def squared_error(
-    edges: NDArray[np.float64], counts: NDArray[np.float64], number_format: NumberFormat, clip: float
-) -> float:
-    """Return the mean squared error of magnitudes that are spread evenly within bins, when clipped at ``clip``.
+def mse_range_clip(statistics: TensorStatistics) -> float:
+    """Return the magnitude at which to clip the range of unsigned codes; searched as by :func:`mse_clip`.
+
+    All steps are spent on what the clip leaves of the range. That the zero point is rounded, which moves both ends by
+    up to half a step, is not part of the error.
+    """
+    lowest, highest = _range(statistics)
+
+    def grids(clips: NDArray[np.float64]) -> NDArray[np.float64]:
+        steps = (np.minimum(clips, -lowest) + np.minimum(clips, highest)) / UNSIGNED_LEVELS
+        return np.minimum(steps * np.arange(UNSIGNED_LEVELS + 1), clips)
+
+    return _mse_clip(statistics, grids)
+
+
+def squared_errors(
+    edges: NDArray[np.float64], counts: NDArray[np.float64], grids: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return the mean squared distances ``[K]`` of magnitudes, spread evenly within bins, to the nearest grid value.
 
     Args:
         edges: The bins' edges, rising strictly, ``[N + 1]``, the first one zero.
         counts: Elements per bin, ``[N]``.
-        number_format: The format, whose largest value stands for ``clip``.
-        clip: Positive.
+        grids: ``[K, G]``, each rising from zero to its clip.
     """
-    scale = clip / number_format.largest
-    integral = _error_integral(edges / scale, number_format.grid)
-    return float(np.sum(counts * np.diff(integral) / np.diff(edges)) * scale**3 / counts.sum())
+    ends = np.full((len(grids), 1), edges[-1])
+    points = np.minimum(np.concatenate([0 * ends, (grids[:, 1:] + grids[:, :-1]) / 2, ends], axis=1), ends)
+    bins = np.minimum(np.searchsorted(edges, points, side="right") - 1, len(counts) - 1)
+    # The moments of the density from zero to each point: within a bin they are polynomials.
+    density, start = counts / np.diff(edges), edges[:-1]
+    moments = []
+    for order in range(3):
+        whole_bins = np.concatenate([[0.0], np.cumsum(density * _power_integral(order, start, edges[1:]))])
+        parts = density[bins] * _power_integral(order, start[bins], points)
+        moments.append(np.diff(whole_bins[bins] + parts, axis=1))
+    zeroth, first, second = moments
+    errors: NDArray[np.float64] = (second - 2 * grids * first + grids**2 * zeroth).sum(axis=1) / counts.sum()
+    return errors
 
 
 def entropy_clip(statistics: TensorStatistics, number_format: NumberFormat) -> float:
@@ -174,6 +212,30 @@ def entropy_clip(statistics: TensorStatistics, number_format: NumberFormat) -> f
     candidates = range(_ENTROPY_LEVELS, used + 1)
     best = candidates[int(np.argmin([_divergence(counts[:used], size, number_format) for size in candidates]))]
     return min(best * width, statistics.absolute_maximum)
+
+
+def _mse_clip(statistics: TensorStatistics, grids: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> float:
+    """Return the best clip; ``grids`` gives the magnitudes ``[K, G]`` that codes stand for, of clips ``[K, 1]``."""
+    edges, counts = _density(statistics)
+    largest = edges[-1]
+    if largest == 0:
+        return 0.0
+    clips = largest * _COARSE_CLIPS
+    best = clips[np.argmin(squared_errors(edges, counts, grids(clips[:, None])))]
+    clips = np.minimum(best * _FINE_CLIPS, largest)
+    return float(clips[np.argmin(squared_errors(edges, counts, grids(clips[:, None])))])
+
+
+def _power_integral(order: int, start: NDArray[np.float64], end: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the integral of ``x**order`` from start to end, without the difference of nearly equal powers."""
+    means = (np.ones_like(start), (start + end) / 2, (start * start + start * end + end * end) / 3)
+    result: NDArray[np.float64] = (end - start) * means[order]
+    return result
+
+
+def _range(statistics: TensorStatistics) -> tuple[float, float]:
+    """Return the smallest and the largest value, with zero."""
+    return min(float(statistics.minimum), 0.0), max(float(statistics.maximum), 0.0)
 
 
 def _positive(scales: NDArray[Any]) -> NDArray[np.float32]:
@@ -192,17 +254,6 @@ def _density(statistics: TensorStatistics) -> tuple[NDArray[np.float64], NDArray
     if used > 1:  # the last bin is a single point at its lower edge: count it below that edge
         counts[used - 2] += counts[used - 1]
     return edges[:used], counts[: used - 1]
-
-
-def _error_integral(points: NDArray[np.float64], grid: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the integral from 0 to each point of the squared distance to the nearest value of ``grid``."""
-    middles = (grid[1:] + grid[:-1]) / 2
-    starts = np.concatenate([grid[:1], middles])  # each value of the grid serves the points from its start on
-    before = (starts - grid) ** 3 / 3
-    whole_cells = np.cumsum(np.concatenate([[0.0], (middles - grid[:-1]) ** 3 / 3 - before[:-1]]))
-    cell = np.searchsorted(middles, points, side="right")
-    integral: NDArray[np.float64] = whole_cells[cell] + (points - grid[cell]) ** 3 / 3 - before[cell]
-    return integral
 
 
 def _divergence(counts: NDArray[np.float64], size: int, number_format: NumberFormat) -> float:

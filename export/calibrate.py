@@ -1,9 +1,9 @@
 """Calibrate: run a bundle's own pipeline over prompts and all timesteps, and choose scales from what is observed.
 
-The reference is the bundle as it is, in high precision. With smoothing, a first pass takes the channel maxima that the
-factors need, and a second one observes the smoothed tensors; for the scale method ``max`` the first pass is enough,
-since a division keeps the order of magnitudes. The work is cut into units (text, each step, decoding) after each of
-which the state is saved. The module knows the pipeline's stages by name and no model.
+The reference is the bundle as it is, in high precision. With smoothing, a first pass takes the channel extremes that
+the factors need, and a second one observes the smoothed tensors; for the scale method ``max`` the first pass is enough,
+since a division keeps the order of a channel's values. The work is cut into units (text, each step, decoding) after
+each of which the state is saved. The module knows the pipeline's stages by name and no model.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from numpy.typing import NDArray
 
 from reelforge.calibration.errors import CalibrationError
 from reelforge.calibration.fingerprint import bundle_fingerprint
-from reelforge.calibration.observe import ChannelMaxima, Observer
+from reelforge.calibration.number_formats import INT8, NumberFormat
+from reelforge.calibration.observe import ChannelExtremes, Observer
 from reelforge.calibration.prompts import prompts_sha256
 from reelforge.calibration.rules import Formats, SmoothingGroup
 from reelforge.calibration.scale_file import Provenance, ScaleKind, format_text, tensor_name
-from reelforge.calibration.scale_methods import DEFAULT_PERCENTILE, ScaleMethod, activation_scale
+from reelforge.calibration.scale_methods import DEFAULT_PERCENTILE, ScaleMethod, activation_range, activation_scale
 from reelforge.calibration.state import CalibrationState
 from reelforge.calibration.statistics import TensorStatistics
 from reelforge.export.calibration_plan import CalibrationPlan, format_names, plan_calibration
@@ -103,13 +104,14 @@ class Observations:
         for value in self.plan.values():
             stage, kind = value.tensor.stage, value.tensor.kind
             source = formats if kind is ScaleKind.ACTIVATION else attention
-            chosen: dict[str, NDArray[np.float32]] = {}
+            statistics = self.statistics[value.tensor.name]
+            chosen: dict[str, dict[ScaleKind, NDArray[np.float32]]] = {}
             for layer in value.layers:
                 number_format = source[stage][layer]
                 if number_format.name not in chosen:
-                    scale = activation_scale(self.statistics[value.tensor.name], number_format, method, percentile)
-                    chosen[number_format.name] = np.asarray(scale)
-                tensors[tensor_name(stage, layer, kind)] = chosen[number_format.name]
+                    chosen[number_format.name] = _chosen(statistics, kind, number_format, method, percentile)
+                for own, array in chosen[number_format.name].items():
+                    tensors[tensor_name(stage, layer, own)] = array
         for planned, factors in zip(self.plan.groups, self.factors, strict=True):
             for layer in planned.group.layers:
                 tensors[tensor_name(planned.group.stage, layer, ScaleKind.SMOOTHING)] = factors
@@ -144,7 +146,7 @@ def calibrate(
         EngineError: If an engine fails.
     """
     enough = options.method is ScaleMethod.MAX
-    observations = observe(bundle, formats, groups, options, on_progress, attention, maxima_suffice=enough)
+    observations = observe(bundle, formats, groups, options, on_progress, attention, extremes_suffice=enough)
     tensors = observations.scales(formats, attention or {}, options.method, options.percentile)
     return provenance(bundle, formats, options, attention), tensors
 
@@ -156,7 +158,7 @@ def observe(
     options: CalibrationOptions,
     on_progress: OnProgress = lambda _what, _done, _total: None,
     attention: Formats | None = None,
-    maxima_suffice: bool = False,
+    extremes_suffice: bool = False,
 ) -> Observations:
     """Observe, without choosing scales: one observation serves every method.
 
@@ -167,7 +169,7 @@ def observe(
         options: Likewise; the method and the percentile do not matter.
         on_progress: Likewise.
         attention: Likewise.
-        maxima_suffice: Leave the second pass out: scales of the method ``max`` only.
+        extremes_suffice: Leave the second pass out: scales of the method ``max`` only.
     """
     if not options.prompts:
         raise CalibrationError(
@@ -183,7 +185,7 @@ def observe(
         for index, prompt in enumerate(options.prompts)
     ]
     with _state(options.state, _identity(bundle, plan, requests, options)) as state:
-        return _Run(pipeline, plan, requests, options, state, on_progress).observe(maxima_suffice)
+        return _Run(pipeline, plan, requests, options, state, on_progress).observe(extremes_suffice)
 
 
 def provenance(
@@ -246,18 +248,18 @@ class _Run:
         self.passed = 0  # units of the passes before the present one
         self.kept: dict[str, NDArray[Any]] = {}  # their arrays
 
-    def observe(self, maxima_suffice: bool) -> Observations:
+    def observe(self, extremes_suffice: bool) -> Observations:
         """Run what is not done yet, and return everything that was observed."""
         divided = self.plan.divided()
         first = _Pass.over(Observer(self.plan.tensors(), divided), self.plan.observed, first=True)
         self._run(first, "0:", "")
-        maxima = first.observer.maxima
-        factors = self._factors(maxima)
+        extremes = first.observer.extremes
+        factors = self._factors(extremes)
         divisors = {
             name: own for planned, own in zip(self.plan.groups, factors, strict=True) for name in planned.divided
         }
-        if maxima_suffice or not divided:
-            smoothed = {name: _statistics_of_maxima(maxima[name], divisors[name]) for name in divided}
+        if extremes_suffice or not divided:
+            smoothed = {name: _statistics_of_extremes(extremes[name], divisors[name]) for name in divided}
         else:
             tensors = [tensor for tensor in self.plan.tensors() if tensor.name in divided]
             second = _Pass.over(Observer(tensors, (), divisors), self.plan.only(divided), first=False)
@@ -265,8 +267,8 @@ class _Run:
             smoothed = second.observer.statistics
         return Observations(self.plan, {**first.observer.statistics, **smoothed}, factors)
 
-    def _factors(self, maxima: Mapping[str, ChannelMaxima]) -> tuple[FloatArray, ...]:
-        values = {name: each.values for name, each in maxima.items()}
+    def _factors(self, extremes: Mapping[str, ChannelExtremes]) -> tuple[FloatArray, ...]:
+        values = {name: each.magnitudes for name, each in extremes.items()}
         alpha = self.options.smoothing or 0.0
         return tuple(planned.factors(self.pipeline.bundle, values, alpha) for planned in self.plan.groups)
 
@@ -311,11 +313,20 @@ def _prefixed(observer: Observer, prefix: str) -> dict[str, NDArray[Any]]:
     return {prefix + name: array for name, array in observer.to_arrays().items()}
 
 
-def _statistics_of_maxima(maxima: ChannelMaxima, divisors: FloatArray) -> TensorStatistics:
-    """Return statistics with the smoothed tensor's largest magnitude; nothing else about them is true."""
-    statistics = TensorStatistics(len(maxima.values))
-    statistics.update(maxima.values / divisors)
+def _statistics_of_extremes(extremes: ChannelExtremes, divisors: FloatArray) -> TensorStatistics:
+    """Return statistics with the smoothed tensor's largest magnitudes and its range with zero; the rest is not true."""
+    statistics = TensorStatistics(len(divisors))
+    statistics.update(np.stack([extremes.lowest, extremes.highest]) / divisors)
     return statistics
+
+
+def _chosen(
+    statistics: TensorStatistics, kind: ScaleKind, number_format: NumberFormat, method: ScaleMethod, percentile: float
+) -> dict[ScaleKind, NDArray[np.float32]]:
+    scale = activation_scale(statistics, number_format, method, percentile)
+    if kind is not ScaleKind.ACTIVATION or number_format is not INT8:
+        return {kind: np.asarray(scale)}
+    return {kind: np.asarray(scale), ScaleKind.RANGE: activation_range(statistics, scale, method)}
 
 
 def _request(prompt: str, seed: int, options: CalibrationOptions) -> Request:
@@ -345,7 +356,7 @@ def _identity(
     tensors = [[value.tensor.name, *value.layers] for value in plan.values()]
     groups = [[planned.group.stage, *planned.group.layers] for planned in plan.groups]
     return {
-        "state": 1,
+        "state": 2,
         "bundle": bundle.manifest.content_digest,
         "prompts": prompts_sha256(options.prompts),
         "seed": options.seed,

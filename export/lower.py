@@ -14,8 +14,7 @@ from reelforge.export.passes.lower_group_norm import LowerGroupNormPass
 from reelforge.export.passes.lower_key_lengths import LowerKeyLengthsPass
 from reelforge.export.passes.lower_linear import LowerLinearPass
 from reelforge.export.passes.quantise_attention import AttentionScales, QuantiseAttentionPass
-from reelforge.export.passes.quantise_layers import QuantisedLayer, QuantiseLayersPass
-from reelforge.export.passes.unsign_activations import UnsignActivationsPass
+from reelforge.export.passes.quantise_layers import IntegerInputs, QuantisedLayer, QuantiseLayersPass
 from reelforge.runtime.recipe import Backend, Target
 
 
@@ -47,9 +46,8 @@ def passes_for(target: Target, eight_bit: EightBit) -> Sequence[InPlacePass]:
             LowerGroupNormPass(),
             LowerLinearPass(),
             common.RemoveUnusedNodesPass(),  # the transposes: a layer is what alone uses its weight
-            QuantiseLayersPass(eight_bit.layers),
+            QuantiseLayersPass(eight_bit.layers, IntegerInputs.UNSIGNED),
             QuantiseAttentionPass(eight_bit.attentions),
-            UnsignActivationsPass(),
             LowerFloat8Pass(),
             common.CommonSubexpressionEliminationPass(),
             common.RemoveUnusedNodesPass(),

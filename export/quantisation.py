@@ -19,6 +19,7 @@ from reelforge.calibration.rules import Fold, FoldKind, Formats, SmoothingGroup,
 from reelforge.calibration.scale_file import ScaleFile, ScaleKind, tensor_name
 from reelforge.calibration.weight_stream import WeightQuantisation
 from reelforge.export.passes.quantise_attention import AttentionScales
+from reelforge.export.passes.quantise_layers import ActivationScales
 from reelforge.runtime.errors import RequestError
 from reelforge.runtime.recipe import Precision, Recipe
 
@@ -47,10 +48,10 @@ class RowAffine:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one 8-bit layer needs: how its weight is quantised, and the scale of its input."""
+    """What one 8-bit layer needs: how its weight is quantised, and how its input may be."""
 
     weight: WeightQuantisation
-    activation_scale: float
+    activation: ActivationScales
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,11 @@ def applicable_groups(rules: Mapping[str, StageRules], formats: Formats) -> tupl
 def required_scales(formats: Formats, attentions: Formats) -> list[str]:
     """Return the names of the tensors that a scale file must have."""
     of_layers = [
-        tensor_name(stage, layer, ScaleKind.ACTIVATION) for stage, layers in formats.items() for layer in layers
+        tensor_name(stage, layer, kind)
+        for stage, layers in formats.items()
+        for layer, number_format in layers.items()
+        for kind in (ScaleKind.ACTIVATION, ScaleKind.RANGE)
+        if kind is ScaleKind.ACTIVATION or number_format is INT8
     ]
     of_attentions = [
         tensor_name(stage, name, kind)
@@ -153,6 +158,19 @@ def required_scales(formats: Formats, attentions: Formats) -> list[str]:
         for kind in (ScaleKind.QUERY, ScaleKind.KEY, ScaleKind.VALUE)
     ]
     return [*of_layers, *of_attentions]
+
+
+def activation_scales(scales: ScaleFile, stage: str, layer: str, number_format: NumberFormat) -> ActivationScales:
+    """Return what the scale file has for a layer's input; only INT8 has a range.
+
+    Raises:
+        CalibrationError: If the scale file lacks it.
+    """
+    scale = float(scales.get(stage, layer, ScaleKind.ACTIVATION))
+    if number_format is not INT8:
+        return ActivationScales(scale)
+    lowest, highest = (float(limit) for limit in scales.get(stage, layer, ScaleKind.RANGE))
+    return ActivationScales(scale, (lowest, highest))
 
 
 def plan_quantisation(
@@ -203,7 +221,7 @@ def plan_quantisation(
             layers={
                 layer: LayerPlan(
                     WeightQuantisation(number_format, columns.get((stage, layer)), divisors.get((stage, layer))),
-                    float(scales.get(stage, layer, ScaleKind.ACTIVATION)),
+                    activation_scales(scales, stage, layer, number_format),
                 )
                 for layer, number_format in formats.get(stage, {}).items()
             },

@@ -159,9 +159,7 @@ def link_stage(entry: StageEntry, folder: Path, writer: BundleWriter) -> StageEn
 
 def _quantised(layer: str, plan: StagePlan, weights: Mapping[str, WeightEntry]) -> QuantisedLayer:
     codes = weights[f"{layer}.weight"]
-    return QuantisedLayer(
-        _external(codes), _external(weights[f"{codes.name}.scale"]), plan.layers[layer].activation_scale
-    )
+    return QuantisedLayer(_external(codes), _external(weights[f"{codes.name}.scale"]), plan.layers[layer].activation)
 
 
 def _external(entry: WeightEntry) -> ir.ExternalTensor:

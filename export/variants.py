@@ -28,8 +28,8 @@ from reelforge.export.graph_file import graph_bytes
 from reelforge.export.passes.editing import GraphEditor
 from reelforge.export.passes.layers import Layer, weighted_layers
 from reelforge.export.passes.lower_float8 import LowerFloat8Pass
-from reelforge.export.passes.quantise_layers import QuantisedLayer, QuantiseLayersPass
-from reelforge.export.passes.unsign_activations import UnsignActivationsPass
+from reelforge.export.passes.quantise_layers import ActivationScales, IntegerInputs, QuantisedLayer, QuantiseLayersPass
+from reelforge.export.quantisation import activation_scales
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.engines.engine import Engine
 from reelforge.runtime.engines.onnxruntime_engine import engine_from_bytes
@@ -50,12 +50,12 @@ class LayerScales:
 
     Attributes:
         number_format: Of its weight and its input.
-        activation: Scale of its input, after smoothing.
+        activation: How its input may be quantised, after smoothing.
         smoothing: What its input is divided by and its weight's columns are multiplied with, fp32 ``[in]``; or None.
     """
 
     number_format: NumberFormat
-    activation: float
+    activation: ActivationScales
     smoothing: NDArray[np.float32] | None = None
 
 
@@ -92,9 +92,9 @@ def scales_of(scale_file: ScaleFile, stage: str, formats: Mapping[str, NumberFor
     _require_formats(scale_file, stage, {number_format.name for number_format in formats.values()})
     result = {}
     for layer, number_format in formats.items():
-        activation = scale_file.get(stage, layer, ScaleKind.ACTIVATION)
+        activation = activation_scales(scale_file, stage, layer, number_format)
         smoothing = scale_file.tensors.get(tensor_name(stage, layer, ScaleKind.SMOOTHING))
-        result[layer] = LayerScales(number_format, float(activation), smoothing)
+        result[layer] = LayerScales(number_format, activation, smoothing)
     return result
 
 
@@ -174,8 +174,7 @@ class Variants:
                 weight = fold_into_weight(weight, scales.smoothing)
             plan[name] = _quantised(weight, scales)
         for graph_pass in (
-            QuantiseLayersPass(plan),
-            UnsignActivationsPass(),
+            QuantiseLayersPass(plan, IntegerInputs.UNSIGNED),
             LowerFloat8Pass(),
             common.CommonSubexpressionEliminationPass(),  # layers that share an input share its quantised form
             common.RemoveUnusedNodesPass(),

@@ -18,6 +18,7 @@ from reelforge.runtime.manifest import TensorInfo
 from reelforge.runtime.pipeline import Pipeline
 from reelforge.runtime.recipe import VideoShape
 from reelforge.runtime.sampling import step_inputs
+from tests.export.passes.layer_model import around_zero
 
 PROVENANCE = Provenance("0" * 64, "0" * 64, 0, "max", "int8", {})
 PROMPTS = ("a red ball", "two blue squares rise")
@@ -50,6 +51,6 @@ def input_maxima(pipeline: Pipeline, number_format: NumberFormat) -> dict[str, f
 def layer_scales(maxima: dict[str, float], number_format: NumberFormat) -> dict[str, LayerScales]:
     """Return scales by the method ``max``."""
     return {
-        name: LayerScales(number_format, float(np.float32(value / number_format.largest)))
+        name: LayerScales(number_format, around_zero(float(np.float32(value / number_format.largest))))
         for name, value in maxima.items()
     }

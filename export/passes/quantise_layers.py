@@ -4,11 +4,17 @@
 layer`` with one scale per output channel: the form that backends fuse to 8-bit products. (ONNX Runtime's CPU provider
 does so for ``Gemm``; a ``Conv`` there has the numbers of 8 bits and the speed of fp32.) The bias of an INT8 ``Gemm`` is
 added behind it: without a third input ONNX Runtime fuses ``QGemm``, and with a float bias inside it would compute in
-fp32 on dequantised weights. The pass does not know how scales or codes were made.
+fp32 on dequantised weights.
+
+The target says which codes the input of an INT8 layer gets. GPUs want int8 around zero. ONNX Runtime's CPU provider has
+fast products for uint8 only: version 1.31 makes uint8 of an int8 activation by itself where one product reads it, and
+computes slower than fp32 where several do (q, k and v of a block). A zero point costs it nothing, and behind a GELU,
+whose values end at -0.17, it doubles the codes in use. The pass does not know how scales or codes were made.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,10 +22,31 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, PreconditionError
 
+from reelforge.calibration.number_formats import unsigned_codes
 from reelforge.export.passes.editing import GraphEditor
 from reelforge.export.passes.layers import Layer, weighted_layers
 
 CODE_TYPES = (ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN)
+
+
+class IntegerInputs(enum.Enum):
+    """The codes of an INT8 layer's input."""
+
+    SIGNED = "int8 around zero"
+    UNSIGNED = "uint8 with a zero point"
+
+
+@dataclass(frozen=True)
+class ActivationScales:
+    """How a layer's input may be quantised.
+
+    Attributes:
+        scale: With a zero point of zero.
+        range: The lowest and the highest value that codes with another zero point stand for; None for FP8.
+    """
+
+    scale: float
+    range: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -29,12 +56,12 @@ class QuantisedLayer:
     Attributes:
         codes: The weight in 8 bits, shaped as before: int8 or float8_e4m3fn.
         weight_scale: fp32 ``[out]``.
-        activation_scale: Of the layer's input.
+        activation: How the layer's input may be quantised.
     """
 
     codes: ir.TensorProtocol
     weight_scale: ir.TensorProtocol
-    activation_scale: float
+    activation: ActivationScales
 
 
 class QuantiseLayersPass(InPlacePass):
@@ -42,11 +69,13 @@ class QuantiseLayersPass(InPlacePass):
 
     Args:
         layers: By layer name; every one must be in the graph.
+        inputs: What the target wants INT8 layers to read.
     """
 
-    def __init__(self, layers: Mapping[str, QuantisedLayer]) -> None:
+    def __init__(self, layers: Mapping[str, QuantisedLayer], inputs: IntegerInputs) -> None:
         super().__init__()
         self.layers = layers
+        self.inputs = inputs
 
     def requires(self, model: ir.Model) -> None:
         """Every layer to quantise is in the graph."""
@@ -58,7 +87,7 @@ class QuantiseLayersPass(InPlacePass):
         """Quantise each layer."""
         found = weighted_layers(model.graph)
         for name, quantised in self.layers.items():
-            _quantise(model.graph, found[name], quantised)
+            _quantise(model.graph, found[name], quantised, self.inputs)
         return PassResult(model, modified=bool(self.layers))
 
     def ensures(self, model: ir.Model) -> None:
@@ -71,17 +100,23 @@ class QuantiseLayersPass(InPlacePass):
                         raise PostconditionError(f"{node.name} has an operand in high precision")
 
 
-def _quantise(graph: ir.Graph, layer: Layer, quantised: QuantisedLayer) -> None:
+def _quantise(graph: ir.Graph, layer: Layer, quantised: QuantisedLayer, inputs: IntegerInputs) -> None:
     old = layer.node
     editor = GraphEditor(graph, old, layer.name)
     kind = quantised.codes.dtype
     if kind not in CODE_TYPES:
         raise AssertionError(f"{layer.name}: codes of type {kind}")
-    scale = editor.constant([quantised.activation_scale], ir.DataType.FLOAT, scalar=True)
-    zero = editor.constant([0], kind, scalar=True)
-    pair = (scale, zero)
+    input_kind, (scale, zero_point) = kind, (quantised.activation.scale, 0)
+    if kind == ir.DataType.INT8 and inputs is IntegerInputs.UNSIGNED:
+        if quantised.activation.range is None:
+            raise AssertionError(f"{layer.name}: an INT8 layer without the range of its input")
+        input_kind, (scale, zero_point) = ir.DataType.UINT8, unsigned_codes(*quantised.activation.range)
+    pair = (
+        editor.constant([scale], ir.DataType.FLOAT, scalar=True),
+        editor.constant([zero_point], input_kind, scalar=True),
+    )
     shape = _sizes(layer.activation)
-    eight_bits = editor.emit("QuantizeLinear", [layer.activation, *pair], kind=ir.TensorType(kind), shape=shape)
+    eight_bits = editor.emit("QuantizeLinear", [layer.activation, *pair], kind=ir.TensorType(input_kind), shape=shape)
     activation = editor.emit("DequantizeLinear", [eight_bits, *pair], kind=layer.activation.type, shape=shape)
     weight_name = str(layer.weight.name)
     _forget_weight(graph, layer)

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import ml_dtypes
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from reelforge.calibration.errors import NonFiniteError
-from reelforge.calibration.number_formats import FORMATS, FP8_E4M3, INT8, NumberFormat, dequantise, quantise
+from reelforge.calibration.number_formats import (
+    FORMATS,
+    FP8_E4M3,
+    INT8,
+    NumberFormat,
+    dequantise,
+    quantise,
+    unsigned_codes,
+)
 
 every_format = pytest.mark.parametrize("number_format", FORMATS.values(), ids=list(FORMATS))
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -159,3 +169,66 @@ def test_refuses_scales_of_another_shape() -> None:
         quantise(np.ones((2, 3), np.float32), np.ones(3), INT8, axis=0)
     with pytest.raises(ValueError, match=r"shape \[1\], expected \[\]"):
         quantise(np.ones((2, 3), np.float32), np.ones(1), INT8)
+
+
+def through_onnxruntime(values: np.ndarray, scale: float, zero_point: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return codes and values of its QuantizeLinear and DequantizeLinear on the CPU."""
+    tensors = [
+        onnx.numpy_helper.from_array(np.array(scale, np.float32), "s"),
+        onnx.numpy_helper.from_array(np.array(zero_point, np.uint8), "z"),
+    ]
+    nodes = [
+        onnx.helper.make_node("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        onnx.helper.make_node("DequantizeLinear", ["q", "s", "z"], ["d"]),
+    ]
+    outputs = [("q", onnx.TensorProto.UINT8), ("d", onnx.TensorProto.FLOAT)]
+    graph = onnx.helper.make_graph(
+        nodes,
+        "g",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n"])],
+        [onnx.helper.make_tensor_value_info(name, kind, ["n"]) for name, kind in outputs],
+        tensors,
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)], ir_version=11)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    codes, restored = session.run(["q", "d"], {"x": values})
+    return codes, restored
+
+
+ends = st.floats(0, 2.0**99, width=32)
+
+
+@given(ends, ends, hnp.arrays(np.float64, 30, elements=st.floats(0, 1)))
+@settings(deadline=None, max_examples=50)
+def test_unsigned_codes_are_within_half_a_step_in_onnxruntime(below: float, above: float, places: np.ndarray) -> None:
+    scale, zero_point = unsigned_codes(-below, above)
+    assert scale == np.float32(scale) > 0
+    values = (places * (below + above) - below).clip(-below, above).astype(np.float32)
+    values[:3] = (-below, above, 0)
+    codes, restored = through_onnxruntime(values, scale, zero_point)
+    expected = np.clip(np.rint(values / np.float32(scale)) + zero_point, 0, 255)
+    np.testing.assert_array_equal(codes, expected)
+    np.testing.assert_array_equal(restored, (expected - zero_point).astype(np.float32) * np.float32(scale))
+    difference = np.abs(restored.astype(np.float64) - values)
+    slack = 1e-4 * scale  # fp32's own rounding of a quotient up to 255
+    assert (difference <= scale / 2 + slack).all()
+    assert restored[2] == 0
+
+
+def test_unsigned_codes_by_hand() -> None:
+    assert unsigned_codes(-128.0, 127.0) == (1.0, 128)
+    assert unsigned_codes(0.0, 255.0) == (1.0, 0)
+    assert unsigned_codes(-0.5, 0.0) == (np.float32(0.5 / 255), 255)
+    assert unsigned_codes(0.0, 0.0) == (1.0, 0)
+    assert unsigned_codes(-1e-45, 1e-45).scale == np.finfo(np.float32).tiny
+    scale, zero_point = unsigned_codes(-0.17, 3.0)
+    assert zero_point == 14
+    assert scale == pytest.approx(3.17 / 255, rel=1e-7)
+
+
+@pytest.mark.parametrize("limits", [(0.5, 1.0), (-1.0, -0.5), (-np.inf, 0.0), (0.0, np.nan), (np.nan, 1.0)])
+def test_impossible_ranges(limits: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match="must be finite and hold zero"):
+        unsigned_codes(*limits)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from reelforge.calibration import observe
 from reelforge.calibration.errors import CalibrationError, NonFiniteError
-from reelforge.calibration.observe import ChannelLayout, ChannelMaxima, ObservedTensor, Observer, row_pieces
+from reelforge.calibration.observe import ChannelExtremes, ChannelLayout, ObservedTensor, Observer, row_pieces
 from reelforge.calibration.scale_file import ScaleKind
 from reelforge.calibration.statistics import TensorStatistics
 
@@ -70,33 +70,37 @@ def test_statistics_are_those_of_the_divided_tensor(layout: ChannelLayout, divid
 
 
 @given(st.lists(st.lists(st.floats(-(2.0**99), 2.0**99, width=32), min_size=2, max_size=2), max_size=8))
-def test_channel_maxima(rows: list[list[float]]) -> None:
-    maxima = ChannelMaxima(2)
+def test_channel_extremes(rows: list[list[float]]) -> None:
+    extremes = ChannelExtremes(2)
     for row in rows:
-        maxima.update(np.array([row], np.float32))
-    maxima.update(np.empty((0, 2), np.float32))
-    whole = np.abs(np.array(rows, np.float32).reshape(-1, 2))
-    np.testing.assert_array_equal(maxima.values, whole.max(axis=0, initial=0))
-    assert not np.signbit(maxima.values).any()
-    assert maxima.count == whole.size
+        extremes.update(np.array([row], np.float32))
+    extremes.update(np.empty((0, 2), np.float32))
+    whole = np.array(rows, np.float32).reshape(-1, 2)
+    np.testing.assert_array_equal(extremes.lowest, whole.min(axis=0, initial=0))
+    np.testing.assert_array_equal(extremes.highest, whole.max(axis=0, initial=0))
+    np.testing.assert_array_equal(extremes.magnitudes, np.abs(whole).max(axis=0, initial=0))
+    for array in (extremes.lowest, extremes.highest):
+        assert not np.signbit(array[array == 0]).any()
+    assert extremes.count == whole.size
 
 
-def test_the_largest_magnitude_after_a_division_follows_from_the_maxima() -> None:
+def test_extremes_after_a_division_follow_from_those_before() -> None:
     """Why scales of the method max need no second pass."""
     values, divisors = random_array(1000, 6), np.geomspace(1e-3, 1e3, 6).astype(np.float32)
-    maxima = ChannelMaxima(6)
-    maxima.update(values)
-    np.testing.assert_array_equal((maxima.values / divisors).max(), np.abs(values / divisors).max())
+    extremes = ChannelExtremes(6)
+    extremes.update(values)
+    np.testing.assert_array_equal(extremes.lowest / divisors, (values / divisors).min(axis=0))
+    np.testing.assert_array_equal(extremes.highest / divisors, (values / divisors).max(axis=0))
 
 
-@pytest.mark.parametrize("maxima_only", [False, True])
+@pytest.mark.parametrize("extremes_only", [False, True])
 @pytest.mark.parametrize("step", [7, None])
 def test_what_is_not_finite_is_located_and_counted_whole(
-    maxima_only: bool, step: int | None, monkeypatch: pytest.MonkeyPatch
+    extremes_only: bool, step: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(observe, "_PIECE_ELEMENTS", 12)
     observed = tensor()
-    observer = Observer([observed], [observed.name] if maxima_only else [])
+    observer = Observer([observed], [observed.name] if extremes_only else [])
     values = random_array(20, 6)
     values[[3, 11, 19], 2], values[5, 0] = np.nan, np.inf
     with pytest.raises(NonFiniteError) as caught:
@@ -136,7 +140,7 @@ def test_missing_or_damaged_arrays_are_refused() -> None:
     few, full = tensor(layer="a"), tensor(layer="b")
     observer = Observer([few, full], [few.name])
     arrays = observer.to_arrays()
-    for name in (f"{few.name}/channel_maxima", f"{full.name}/histogram"):
+    for name in (f"{few.name}/channel_extremes", f"{full.name}/histogram"):
         with pytest.raises(CalibrationError, match="damaged or were written by another version") as caught:
             observer.load_arrays({key: array for key, array in arrays.items() if key != name})
         assert "delete them and calibrate again" in str(caught.value)

@@ -30,6 +30,7 @@ from reelforge.calibration.scale_file import (
 PROVENANCE = Provenance("sha256:abc", "00ff", 7, "mse", "int8", {"numpy": "2.4.6", "onnxruntime": "1.31.0"})
 TENSORS = {
     "dit.double.0.image.q.activation": np.array(0.125, np.float32),
+    "dit.double.0.image.q.range": np.array([-0.25, 0], np.float32),
     "dit.double.0.image.q.weight": np.array([0.5, 0.25, 1e-38], np.float32),
     "dit.double.0.image.q.smoothing": np.linspace(0.5, 2, 5, dtype=np.float32),
 }
@@ -63,7 +64,7 @@ def test_the_safetensors_library_reads_it(written: Path) -> None:
     with safetensors.safe_open(written, "numpy") as file:
         provenance = json.loads(file.metadata()["reelforge.calibration"])
     assert provenance["checkpoint"] == "sha256:abc"
-    assert provenance["schema_version"] == 1
+    assert provenance["schema_version"] == 2
     header_length = int.from_bytes(written.read_bytes()[:8], "little")
     assert (8 + header_length) % 64 == 0
 
@@ -169,10 +170,11 @@ def test_a_missing_layer_is_named(written: Path) -> None:
 
 def test_another_schema_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "scales.safetensors"
-    write_scale_file(path, replace(PROVENANCE, schema_version=2), TENSORS)
+    write_scale_file(path, replace(PROVENANCE, schema_version=1), TENSORS)
     with pytest.raises(CalibrationError, match="is of another version") as caught:
         read_scale_file(path)
-    assert "received: schema version 2   expected: schema version 1" in str(caught.value)
+    assert "received: schema version 1   expected: schema version 2" in str(caught.value)
+    assert "fix: calibrate again with this version" in str(caught.value)
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
@@ -189,7 +191,10 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"\$\.seed: expected int"):
         read_scale_file(path)
     path.write_bytes(_encode(PROVENANCE, {"dit.x.activation": np.array(-1, np.float32)}))
-    with pytest.raises(CalibrationError, match="not positive and finite"):
+    with pytest.raises(CalibrationError, match="a scale that is not positive finite numbers"):
+        read_scale_file(path)
+    path.write_bytes(_encode(PROVENANCE, {"dit.x.range": np.array([1, 2], np.float32)}))
+    with pytest.raises(CalibrationError, match="a range that is not two finite numbers with zero between them"):
         read_scale_file(path)
     path.write_bytes(_encode(PROVENANCE, {"dit.x.activation": np.array(1, np.float64)}))  # type: ignore[dict-item]
     with pytest.raises(CalibrationError, match=r"type F32 and shape \[\] in 8 bytes"):
@@ -201,6 +206,15 @@ def test_useless_scales_are_not_written(tmp_path: Path, value: float) -> None:
     path = tmp_path / "scales.safetensors"
     with pytest.raises(CalibrationError, match=r"'dit\.x\.activation' holds scales that cannot be used"):
         write_scale_file(path, PROVENANCE, {"dit.x.activation": np.array(value)})
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("value", [[1.0, 2.0], [-2.0, -1.0], [0.0, np.inf], [np.nan, 0.0], [0.0], 1.0])
+def test_useless_ranges_are_not_written(tmp_path: Path, value: object) -> None:
+    path = tmp_path / "scales.safetensors"
+    with pytest.raises(CalibrationError, match=r"'dit\.x\.range' holds ranges that cannot be used") as caught:
+        write_scale_file(path, PROVENANCE, {"dit.x.range": np.array(value)})
+    assert "expected: two finite numbers with zero between them" in str(caught.value)
     assert not path.exists()
 
 

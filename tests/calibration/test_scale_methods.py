@@ -12,15 +12,24 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from reelforge.calibration.errors import CalibrationError, NonFiniteError
-from reelforge.calibration.number_formats import FORMATS, FP8_E4M3, INT8, NumberFormat, dequantise, quantise
+from reelforge.calibration.number_formats import (
+    FORMATS,
+    FP8_E4M3,
+    INT8,
+    NumberFormat,
+    dequantise,
+    quantise,
+    unsigned_codes,
+)
 from reelforge.calibration.scale_methods import (
     ScaleMethod,
     _divergence,
+    activation_range,
     activation_scale,
     entropy_clip,
     mse_clip,
     percentile_clip,
-    squared_error,
+    squared_errors,
     weight_scales,
 )
 from reelforge.calibration.statistics import TensorStatistics
@@ -86,7 +95,47 @@ def test_expected_error_is_the_integral(number_format: NumberFormat, clip: float
     dense = [(np.arange(100_000) + 0.5) / 100_000 * (b - a) + a for a, b in itertools.pairwise(edges)]
     errors = [measured_error(part, clip, number_format) for part in dense]
     expected = float(np.dot(errors, counts) / counts.sum())
-    assert squared_error(edges, counts, number_format, clip) == pytest.approx(expected, rel=2e-3, abs=1e-12)
+    received = squared_errors(edges, counts, clip / number_format.largest * number_format.grid[None])
+    assert received.tolist() == [pytest.approx(expected, rel=2e-3, abs=1e-12)]
+
+
+def measured_range_error(values: np.ndarray, limits: np.ndarray) -> float:
+    scale, zero_point = unsigned_codes(*limits.tolist())
+    codes = np.clip(np.rint(values / scale) + zero_point, 0, 255)
+    return float(np.mean(((codes - zero_point) * scale - values.astype(np.float64)) ** 2))
+
+
+@pytest.mark.parametrize("name", ["normal", "laplace", "uniform", "outliers", "one_sided", "gelu", "negative"])
+def test_the_range_of_mse_is_as_good_as_brute_force(name: str) -> None:
+    values = {"gelu": lambda: np.maximum(sample("laplace"), -0.17), "negative": lambda: -sample("one_sided")}.get(
+        name, lambda: sample(name)
+    )()
+    ends = np.array([min(values.min(), 0), max(values.max(), 0)])
+    clips = np.abs(ends).max() * 2.0 ** -np.arange(0, 9, 1 / 32)
+    best = min(measured_range_error(values, np.clip(ends, -clip, clip)) for clip in clips)
+    statistics = observed(values)
+    scale = activation_scale(statistics, INT8, ScaleMethod.MSE)
+    chosen = activation_range(statistics, scale, ScaleMethod.MSE)
+    assert measured_range_error(values, chosen) <= best * 1.02
+    if name in ("gelu", "one_sided", "negative"):  # twice the codes, a quarter of the error
+        assert measured_range_error(values, chosen) < 0.4 * measured_error(values, scale * 127, INT8)
+
+
+@every_method
+@given(hnp.arrays(np.float32, (20, 2), elements=st.floats(-(2.0**99), 2.0**99, width=32)))
+@settings(max_examples=20, deadline=None)
+def test_ranges_hold_zero_and_what_is_not_clipped(method: ScaleMethod, values: np.ndarray) -> None:
+    statistics = observed(values)
+    scale = activation_scale(statistics, INT8, method)
+    limits = activation_range(statistics, scale, method)
+    ends = np.array([min(values.min(), 0), max(values.max(), 0)], np.float32)
+    assert limits.dtype == np.float32
+    assert ends[0] <= limits[0] <= 0 <= limits[1] <= ends[1]
+    assert not np.signbit(limits[limits == 0]).any()
+    if method is ScaleMethod.MAX:
+        np.testing.assert_array_equal(limits, ends)
+    elif method is not ScaleMethod.MSE:
+        np.testing.assert_allclose(limits, np.clip(ends, -127 * scale, 127 * scale), rtol=1e-6)
 
 
 def test_mse_clips_tails_and_keeps_what_has_none() -> None:

@@ -111,8 +111,16 @@ def test_scales_are_those_of_the_recorded_tensors(
     most = plain.scales(formats, attention, ScaleMethod.PERCENTILE, 99.0)
     layers = [f"{stage}.{layer}.activation" for stage, names in formats.items() for layer in names]
     operands = [f"dit.{name}.{kind}" for name in attention["dit"] for kind in ("query", "key", "value")]
-    assert set(largest) == set(most) == {*layers, *operands}
-    for name in largest:
+    ranges = [name.replace(".activation", ".range") for name in layers] if number_format is INT8 else []
+    assert set(largest) == set(most) == {*layers, *operands, *ranges}
+    for name in ranges:
+        rows = rows_of(recorded, name.replace(".range", ".activation"), "activation")
+        near = NEAR * np.abs(rows).max()
+        ends = np.array([min(rows.min(), 0), max(rows.max(), 0)])
+        np.testing.assert_allclose(largest[name], ends, rtol=0, atol=near)
+        clip = np.percentile(np.abs(rows), 99.0)
+        np.testing.assert_allclose(most[name], np.clip(ends, -clip, clip), rtol=0, atol=near + 0.02 * clip)
+    for name in (*layers, *operands):
         kind = name.rpartition(".")[2]
         values = np.abs(rows_of(recorded, name, kind))
         top = number_format.largest if kind == "activation" else FP8_E4M3.largest
@@ -138,6 +146,8 @@ def test_smoothing_observes_the_tensors_divided_by_equation_4(
         statistics = smoothed.statistics[name]
         assert statistics.count == rows.size
         assert statistics.absolute_maximum == pytest.approx(np.abs(rows).max(), rel=NEAR)
+        near = NEAR * np.abs(rows).max()
+        np.testing.assert_allclose([statistics.minimum, statistics.maximum], [rows.min(), rows.max()], atol=near)
         middle = np.median(np.abs(rows))
         below = statistics.histogram[: int(middle / statistics.bin_width)].sum()
         assert below == pytest.approx(rows.size / 2, rel=0.1)
@@ -181,7 +191,7 @@ def test_the_method_max_needs_one_pass_only(smoothed: Observations, bundle: Bund
 def test_a_group_with_a_layer_in_high_precision_is_left_alone(bundle: Bundle) -> None:
     formats = formats_of(bundle, dit=INT8)
     del formats["dit"]["double.0.image.k"]
-    observed = observe(bundle, formats, groups_of(bundle), options(smoothing=ALPHA, steps=1), maxima_suffice=True)
+    observed = observe(bundle, formats, groups_of(bundle), options(smoothing=ALPHA, steps=1), extremes_suffice=True)
     layers = [planned.group.layers for planned in observed.plan.groups]
     assert ("double.0.text.q", "double.0.text.k", "double.0.text.v") in layers
     assert not [group for group in layers if "double.0.image.q" in group]

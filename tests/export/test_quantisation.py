@@ -20,6 +20,7 @@ from reelforge.calibration.errors import CalibrationError
 from reelforge.calibration.number_formats import FP8_E4M3, INT8
 from reelforge.calibration.rules import SmoothingGroup
 from reelforge.calibration.scale_file import ScaleKind, tensor_name
+from reelforge.export.passes.quantise_layers import ActivationScales
 from reelforge.export.quantisation import (
     Formats,
     StagePlan,
@@ -161,7 +162,9 @@ def test_required_scales(tiny: TinyStages) -> None:
     kept = {"llm": tuple(layer for layer in LLM_LAYERS if not layer.endswith("o_proj"))}
     assert required_scales(formats_of(tiny, kept, llm=Precision.INT8), {}) == [
         "llm.layers.0.self_attn.o_proj.activation",
+        "llm.layers.0.self_attn.o_proj.range",
         "llm.layers.1.self_attn.o_proj.activation",
+        "llm.layers.1.self_attn.o_proj.range",
     ]
 
 
@@ -209,8 +212,19 @@ def test_a_plan_without_smoothing(tiny: TinyStages) -> None:
         assert layer.weight.number_format is FP8_E4M3
         assert layer.weight.column_factors is None
         assert layer.weight.row_divisors is None
-        assert layer.activation_scale == scales.tensors[f"dit.{name}.activation"]
-    assert len({layer.activation_scale for layer in plans["dit"].layers.values()}) == len(DIT_LAYERS)
+        assert layer.activation == ActivationScales(float(scales.tensors[f"dit.{name}.activation"]))
+    assert len({layer.activation.scale for layer in plans["dit"].layers.values()}) == len(DIT_LAYERS)
+    assert required_scales(formats, {}) == [f"dit.{name}.activation" for name in formats["dit"]]
+
+
+def test_inputs_of_int8_layers_have_a_range(tiny: TinyStages) -> None:
+    formats = formats_of(tiny, dit=Precision.INT8)
+    scales = scale_file(formats)
+    layers = tiny.plans(formats, (), scales)["dit"].layers
+    for index, name in enumerate(formats["dit"]):
+        assert layers[name].activation == ActivationScales(0.5 + index, (-float(index), 50.0 + index))
+    wanted = [f"dit.{name}.{kind}" for name in formats["dit"] for kind in ("activation", "range")]
+    assert required_scales(formats, {}) == wanted
 
 
 def test_a_scale_file_that_lacks_a_layer(tiny: TinyStages) -> None:
@@ -220,6 +234,7 @@ def test_a_scale_file_that_lacks_a_layer(tiny: TinyStages) -> None:
     smoothing = random_factors(tiny, groups, np.random.default_rng(0))
     for removed, tensors in (
         ("dit.single.1.proj_mlp.activation", dict(scales.tensors)),
+        ("dit.single.1.proj_mlp.range", dict(scales.tensors)),
         ("dit.double.0.image.k.smoothing", {**scales.tensors, **smoothing}),  # of a group that has another's
     ):
         tensors.pop(removed)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -100,6 +101,38 @@ def test_a_quantised_bundle(
     # It opens with every digest checked, and generates.
     frames = Pipeline.open(output).generate(Request("a red ball", 32, 48, 5, STEPS, 3))
     assert frames.shape == (5, 32, 48, 3)
+
+
+def test_int8_inputs_are_shared_and_spent_on_what_was_seen(
+    tiny_checkpoint: Path, output: Path, request_: CalibrationRequest
+) -> None:
+    """What ONNX Runtime's fast products need: uint8, one QuantizeLinear for q, k and v, and the pairs fused away."""
+    manifest = build(tiny_checkpoint, output, precision=Precision.INT8, calibration=request_)
+    graph = onnx.load(output / "dit.onnx", load_external_data=False).graph
+    made_by = {name: node for node in graph.node for name in node.output}
+    constants = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer if not item.external_data}
+    quantised = {}
+    for node in graph.node:
+        if node.op_type == "Gemm" and f"{node.name}.weight.scale" in weight_types(manifest, "dit"):
+            quantised[node.name] = made_by[made_by[node.input[0]].input[0]]
+            assert quantised[node.name].op_type == "QuantizeLinear"
+    for block, names in (("double.0.image", "qkv"), ("double.1.text", "qkv"), ("single.1", ["q", "k", "v", "fc1"])):
+        assert len({quantised[f"{block}.{name}"].name for name in names}) == 1
+    ranges = read_scale_file(output / "scales.safetensors").tensors
+    for name, node in quantised.items():
+        scale, zero_point = (constants[operand] for operand in node.input[1:])
+        lowest, highest = ranges[f"dit.{name}.range"].astype(np.float64)
+        assert zero_point.dtype == np.uint8
+        assert scale == np.float32((highest - lowest) / 255)
+        assert abs(zero_point * scale + lowest) <= scale * 0.501
+    assert constants[quantised["double.0.image.fc2"].input[2]] < 60  # behind a GELU few codes are below zero
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(output / "optimised.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(output / "dit.onnx", options, providers=["CPUExecutionProvider"])
+    optimised = [node.op_type for node in onnx.load(output / "optimised.onnx", load_external_data=False).graph.node]
+    assert optimised.count("QGemm") == len(quantised)
+    assert "DequantizeLinear" not in optimised
 
 
 def test_two_builds_and_a_build_from_scales_are_equal(
@@ -210,9 +243,10 @@ def test_a_bad_scale_file_is_caught_and_its_layer_named(
 ) -> None:
     build(tiny_checkpoint, output, precision=Precision.INT8, calibration=request_)
     scales = read_scale_file(output / "scales.safetensors")
-    name = "dit.single.0.fc1.activation"
+    names = [f"dit.single.0.fc1.{kind}" for kind in ("activation", "range")]
     path = tmp_path / "bad.safetensors"
-    write_scale_file(path, scales.provenance, {**scales.tensors, name: scales.tensors[name] * 100})
+    bad = {name: scales.tensors[name] * 100 for name in names}
+    write_scale_file(path, scales.provenance, {**scales.tensors, **bad})
     shutil.rmtree(output)
     given = replace(request_, scales=path, min_cosine=0.999)
     refused(

@@ -33,6 +33,7 @@ from reelforge.runtime.codec import from_json, to_json
 from reelforge.runtime.errors import VerificationError
 from reelforge.runtime.pipeline import Pipeline
 from reelforge.runtime.quality import QualityThresholds
+from tests.export.passes.layer_model import around_zero
 from tests.variants import PROMPTS, PROVENANCE, SHAPE, STEPS, input_maxima, layer_scales
 
 SABOTAGED = "double.1.image.k"
@@ -48,7 +49,7 @@ def pipeline(tiny_bundle: Path) -> Pipeline:
 def scales(pipeline: Pipeline) -> dict[str, LayerScales]:
     """All layers', one of them 50 times too large: what it reads becomes a few levels around zero."""
     scales = layer_scales(input_maxima(pipeline, INT8), INT8)
-    return {**scales, SABOTAGED: LayerScales(INT8, 50 * scales[SABOTAGED].activation)}
+    return {**scales, SABOTAGED: LayerScales(INT8, around_zero(50 * scales[SABOTAGED].activation.scale))}
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +135,11 @@ def test_the_gate_names_the_sabotaged_layer_first(
 ) -> None:
     """As a build does it: measured, refused, and the layers asked for."""
     names = [SABOTAGED, "double.1.image.fc1", "single.1.q", "single.1.v"]
-    tensors = {tensor_name("dit", name, ScaleKind.ACTIVATION): np.float32(scales[name].activation) for name in names}
+    tensors = {}
+    for name in names:
+        activation = scales[name].activation
+        tensors[tensor_name("dit", name, ScaleKind.ACTIVATION)] = np.array(activation.scale, np.float32)
+        tensors[tensor_name("dit", name, ScaleKind.RANGE)] = np.array(activation.range, np.float32)
     scale_file = ScaleFile(tmp_path / "scales", PROVENANCE, tensors)
     candidate = Variants(pipeline, "dit", {name: scales[name] for name in names}).pipeline_of(names)
     report = measure_quality(pipeline, candidate, PROMPTS[:1], 0, STEPS, SHAPE)
@@ -176,7 +181,7 @@ def test_keeping_everything_is_the_reference(short_run: ReferenceRun, variants: 
 def test_the_decoder_s_layers(short_run: ReferenceRun, pipeline: Pipeline) -> None:
     """A stage after the loop has neither velocities nor latents; its loss is its output's."""
     layer = "decoder.mid_block.resnets.0.conv1.conv"
-    variants = Variants(pipeline, "vae_decoder", {layer: LayerScales(INT8, 0.1)})
+    variants = Variants(pipeline, "vae_decoder", {layer: LayerScales(INT8, around_zero(0.1))})
     row = measure_sensitivity(short_run, variants, SensitivityOptions(blocks=False)).layers[0]
     assert (row.velocity_cosine, row.latent_error) == (None, None)
     assert 0 < row.relative_error < 1

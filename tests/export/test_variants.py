@@ -16,10 +16,12 @@ from reelforge.calibration.reference_run import ReferenceRun, run_reference, run
 from reelforge.calibration.scale_file import ScaleKind, read_scale_file, tensor_name, write_scale_file
 from reelforge.export import variants as module
 from reelforge.export.graph_file import check_graph
+from reelforge.export.passes.quantise_layers import ActivationScales
 from reelforge.export.variants import LayerScales, Variants, formats_of, scales_of
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.errors import BundleError, RequestError
 from reelforge.runtime.pipeline import Pipeline
+from tests.export.passes.layer_model import around_zero
 from tests.variants import PROMPTS, PROVENANCE, SHAPE, input_maxima, layer_scales
 
 LAYERS = ("double.0.image.q", "double.0.text.fc2", "single.1.proj_mlp", "single.0.proj_attention")
@@ -97,8 +99,8 @@ def test_smoothing_by_one_factor_changes_no_bit(pipeline: Pipeline, maxima: dict
     name = "single.1.proj_mlp"
     run = run_reference(pipeline, PROMPTS[:1], 0, 1, SHAPE)
     scale = maxima[name] / 127
-    plain = velocity_of(pipeline, run, name, LayerScales(INT8, scale))
-    smoothed = velocity_of(pipeline, run, name, LayerScales(INT8, scale / 4, np.full(256, 4, np.float32)))
+    plain = velocity_of(pipeline, run, name, LayerScales(INT8, around_zero(scale)))
+    smoothed = velocity_of(pipeline, run, name, LayerScales(INT8, around_zero(scale / 4), np.full(256, 4, np.float32)))
     assert not np.array_equal(plain, run.videos[0].velocities[0])
     assert np.array_equal(smoothed, plain)
 
@@ -109,7 +111,7 @@ def test_smoothing_by_channel(pipeline: Pipeline, maxima: dict[str, float], monk
     run = run_reference(pipeline, PROMPTS[:1], 0, 1, SHAPE)
     expected = run.videos[0].velocities[0]
     factors = np.exp2(np.random.default_rng(1).uniform(-1, 1, 256)).astype(np.float32)
-    scales = LayerScales(INT8, 2 * maxima[name] / 127, factors)
+    scales = LayerScales(INT8, around_zero(2 * maxima[name] / 127), factors)
     assert relative_error(velocity_of(pipeline, run, name, scales), expected) < 0.03
     monkeypatch.setattr(module, "fold_into_weight", lambda weight, factors: weight)
     assert relative_error(velocity_of(pipeline, run, name, scales), expected) > 0.06
@@ -121,13 +123,15 @@ def test_scales_of_a_file(tmp_path: Path) -> None:
     tensors = {
         tensor_name("dit", "a", ScaleKind.ACTIVATION): np.array(0.5, np.float32),
         tensor_name("dit", "b", ScaleKind.ACTIVATION): np.array(0.25, np.float32),
+        tensor_name("dit", "a", ScaleKind.RANGE): np.array([-0.25, 60], np.float32),
+        tensor_name("dit", "b", ScaleKind.RANGE): np.array([-30, 0], np.float32),
         tensor_name("dit", "b", ScaleKind.SMOOTHING): factors,
     }
     write_scale_file(path, replace(PROVENANCE, format="dit=int8,llm=float8_e4m3fn"), tensors)
     scale_file = read_scale_file(path)
     scales = scales_of(scale_file, "dit", {"a": INT8, "b": INT8})
-    assert (scales["a"].activation, scales["a"].smoothing) == (0.5, None)
-    assert scales["b"].activation == 0.25
+    assert (scales["a"].activation, scales["a"].smoothing) == (ActivationScales(0.5, (-0.25, 60)), None)
+    assert scales["b"].activation == ActivationScales(0.25, (-30, 0))
     assert np.array_equal(np.asarray(scales["b"].smoothing), factors)
     with pytest.raises(CalibrationError, match="has no activation scale for layer 'c' of stage 'dit'"):
         scales_of(scale_file, "dit", {"c": INT8})
@@ -148,7 +152,7 @@ def test_a_stage_that_stays_in_high_precision(pipeline: Pipeline) -> None:
 
 def test_layers_that_cannot_be_tried(pipeline: Pipeline) -> None:
     with pytest.raises(RequestError) as caught:
-        Variants(pipeline, "dit", {"single.9.q": LayerScales(INT8, 1.0)})
+        Variants(pipeline, "dit", {"single.9.q": LayerScales(INT8, around_zero(1.0))})
     for part in ("cannot be quantised layer by layer", "'single.9.q' is not in the graph", "--precision fp32"):
         assert part in str(caught.value)
     manifest = pipeline.bundle.manifest
@@ -157,7 +161,7 @@ def test_layers_that_cannot_be_tried(pipeline: Pipeline) -> None:
     stages = tuple(codes if stage.name == "dit" else stage for stage in manifest.stages)
     quantised = Pipeline(Bundle(pipeline.bundle.path, replace(manifest, stages=stages)))
     with pytest.raises(RequestError, match=r"'single\.1\.q' is not stored in floating point"):
-        Variants(quantised, "dit", {"single.1.q": LayerScales(INT8, 1.0)})
+        Variants(quantised, "dit", {"single.1.q": LayerScales(INT8, around_zero(1.0))})
 
 
 def test_more_codes_than_a_graph_can_hold(

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from reelforge.calibration.number_formats import INT8
 from reelforge.calibration.rules import Formats, SmoothingGroup, StageRules
 from reelforge.calibration.scale_file import Provenance, ScaleFile, ScaleKind, tensor_name
 from reelforge.export.checkpoint.open import open_checkpoint
@@ -103,13 +104,18 @@ def random_factors(
 
 
 def scale_file(formats: Formats, smoothing: Arrays | None = None) -> ScaleFile:
-    """Return a scale file for every layer of ``formats``; activations' scales count up from 0.5."""
+    """Return a scale file for every layer of ``formats``; scales count up from 0.5, ranges from 0..50."""
     layers = [(stage, layer) for stage, names in formats.items() for layer in names]
     tensors = {
         tensor_name(stage, layer, ScaleKind.ACTIVATION): np.float32(0.5 + index)
         for index, (stage, layer) in enumerate(layers)
     }
-    return ScaleFile(Path("test.scales"), PROVENANCE, {**tensors, **(smoothing or {})})
+    ranges = {
+        tensor_name(stage, layer, ScaleKind.RANGE): np.array([-index, 50 + index], np.float32)
+        for index, (stage, layer) in enumerate(layers)
+        if formats[stage][layer] is INT8
+    }
+    return ScaleFile(Path("test.scales"), PROVENANCE, {**tensors, **ranges, **(smoothing or {})})
 
 
 def changed(parameters: Arrays, plan: StagePlan | None) -> dict[str, NDArray[np.float32]]:

@@ -44,12 +44,11 @@ def scales(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Scales of all layers, one of them 50 times too large."""
     pipeline = Pipeline.open(tiny_bundle)
     maxima = input_maxima(pipeline, INT8)
-    tensors = {
-        tensor_name("dit", name, ScaleKind.ACTIVATION): np.array(
-            maximum / 127 * (50 if name == SABOTAGED else 1), np.float32
-        )
-        for name, maximum in maxima.items()
-    }
+    tensors = {}
+    for name, maximum in maxima.items():
+        largest = maximum * (50 if name == SABOTAGED else 1)
+        tensors[tensor_name("dit", name, ScaleKind.ACTIVATION)] = np.array(largest / 127, np.float32)
+        tensors[tensor_name("dit", name, ScaleKind.RANGE)] = np.array([-largest, largest], np.float32)
     path = tmp_path_factory.mktemp("scales") / "scales.safetensors"
     checkpoint = bundle_fingerprint(pipeline.bundle)
     write_scale_file(path, replace(PROVENANCE, checkpoint=checkpoint, format="dit=int8"), tensors)

@@ -32,8 +32,7 @@ from reelforge.export.graph_file import count_nodes, graph_bytes, graph_digest
 from reelforge.export.models.hunyuan_video.quantisation import quantisation_rules
 from reelforge.export.passes.layers import weighted_layers
 from reelforge.export.passes.lower_float8 import LowerFloat8Pass
-from reelforge.export.passes.quantise_layers import QuantisedLayer, QuantiseLayersPass
-from reelforge.export.passes.unsign_activations import UnsignActivationsPass
+from reelforge.export.passes.quantise_layers import IntegerInputs, QuantisedLayer, QuantiseLayersPass
 from reelforge.export.quantisation import NUMBER_FORMATS, StagePlan, plan_quantisation
 from reelforge.export.quantised_weights import place_quantised
 from reelforge.runtime.bundle.open import Bundle, Check
@@ -155,10 +154,9 @@ def _write_stage(bundle: Bundle, entry: StageEntry, plan: StagePlan, writer: Bun
     layers = {}
     for layer, layer_plan in plan.layers.items():
         codes, scale = placed[f"{layer}.weight"]
-        layers[layer] = QuantisedLayer(_external(codes), _external(scale), layer_plan.activation_scale)
+        layers[layer] = QuantisedLayer(_external(codes), _external(scale), layer_plan.activation)
     for graph_pass in (
-        QuantiseLayersPass(layers),
-        UnsignActivationsPass(),
+        QuantiseLayersPass(layers, IntegerInputs.UNSIGNED),
         LowerFloat8Pass(),
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),

@@ -14,7 +14,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from reelforge.export.passes.quantise_layers import QuantisedLayer
+from reelforge.export.passes.quantise_layers import ActivationScales, QuantisedLayer
 
 IN, OUT, ROWS = 24, 7, 5
 LARGEST = {"int8": 127.0, "fp8": 448.0}
@@ -100,10 +100,15 @@ def quantised_weight(weight: NDArray[Any], kind: str) -> tuple[NDArray[Any], NDA
     return rounded(values, scales.reshape(-1, *[1] * (weight.ndim - 1)), kind, -LARGEST[kind]), scales
 
 
+def around_zero(scale: float) -> ActivationScales:
+    """Return scales with which signed and unsigned codes stand for the same numbers: -128 to 127 times the scale."""
+    return ActivationScales(scale, (-128 * float(np.float32(scale)), 127 * float(np.float32(scale))))
+
+
 def quantised_layer(weight: NDArray[Any], activation_scale: float, kind: str) -> QuantisedLayer:
     """Return what the pass is told of one layer."""
     codes, scales = quantised_weight(weight, kind)
-    return QuantisedLayer(ir.tensor(codes, dtype=IR_CODES[kind]), ir.tensor(scales), activation_scale)
+    return QuantisedLayer(ir.tensor(codes, dtype=IR_CODES[kind]), ir.tensor(scales), around_zero(activation_scale))
 
 
 def dequantised_operands(

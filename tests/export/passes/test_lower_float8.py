@@ -13,7 +13,7 @@ from onnx_ir.passes import PostconditionError
 from reelforge.export.graph_file import check_graph, graph_bytes
 from reelforge.export.lower import EightBit, lower
 from reelforge.export.passes.lower_float8 import LowerFloat8Pass
-from reelforge.export.passes.quantise_layers import QuantiseLayersPass
+from reelforge.export.passes.quantise_layers import IntegerInputs, QuantiseLayersPass
 from reelforge.runtime.recipe import Backend, Target
 from tests.export.passes.layer_model import (
     IN,
@@ -33,7 +33,8 @@ def model_of(kinds: dict[str, str], biased: tuple[str, ...] = ()) -> ir.Model:
     """A graph of 8-bit layers: name -> format."""
     layers = {name: (WEIGHT, BIAS if name in biased else None) for name in kinds}
     model = ir.from_proto(layers_model(layers))
-    QuantiseLayersPass({name: quantised_layer(WEIGHT, 0.01, kind) for name, kind in kinds.items()})(model)
+    quantised = {name: quantised_layer(WEIGHT, 0.01, kind) for name, kind in kinds.items()}
+    QuantiseLayersPass(quantised, IntegerInputs.SIGNED)(model)
     return model
 
 

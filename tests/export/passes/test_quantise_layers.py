@@ -7,6 +7,7 @@ one code's difference in one activation is 1e-2 of it.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,19 @@ from onnx_ir.passes import PostconditionError, PreconditionError, common
 from reelforge.export.graph_file import check_graph, graph_bytes
 from reelforge.export.lower import EightBit, lower
 from reelforge.export.passes.lower_float8 import LowerFloat8Pass
-from reelforge.export.passes.quantise_layers import QuantisedLayer, QuantiseLayersPass
+from reelforge.export.passes.quantise_layers import (
+    ActivationScales,
+    IntegerInputs,
+    QuantisedLayer,
+    QuantiseLayersPass,
+)
 from reelforge.runtime.recipe import Backend, Target
 from tests.export.passes.layer_model import (
     IN,
     LARGEST,
     OUT,
     ROWS,
+    around_zero,
     dequantised_operands,
     layers_model,
     operators,
@@ -80,25 +87,30 @@ def require_equal(
     assert (np.abs(received - expected) <= (terms + 6) * 2.0**-24 * magnitude).all()
 
 
-def quantised(proto: onnx.ModelProto, layers: dict[str, QuantisedLayer]) -> ir.Model:
+def quantised(
+    proto: onnx.ModelProto, layers: dict[str, QuantisedLayer], inputs: IntegerInputs = IntegerInputs.UNSIGNED
+) -> ir.Model:
     """Return the model after the pass, checked; FP8 activations as the casts that ONNX Runtime needs."""
     model = ir.from_proto(proto)
-    assert QuantiseLayersPass(layers)(model).modified == bool(layers)
+    assert QuantiseLayersPass(layers, inputs)(model).modified == bool(layers)
     check_graph(graph_bytes(model), "quantised")
     LowerFloat8Pass()(model)
     check_graph(graph_bytes(model), "lowered")
     return model
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize(
+    ("kind", "inputs"),
+    [("int8", IntegerInputs.SIGNED), ("int8", IntegerInputs.UNSIGNED), ("fp8", IntegerInputs.UNSIGNED)],
+)
 @pytest.mark.parametrize("bias", [None, BIAS])
 @pytest.mark.parametrize("stored", STORED)
-def test_gemm(kind: str, bias: NDArray[np.float32] | None, stored: Any) -> None:
+def test_gemm(kind: str, inputs: IntegerInputs, bias: NDArray[np.float32] | None, stored: Any) -> None:
     weight = WEIGHT.astype(stored)
     bias = None if bias is None else bias.astype(stored)
     scale = activation_scale(X, kind)
     layers = {"fc": quantised_layer(weight, scale, kind)}
-    model = quantised(layers_model({"fc": (weight, bias)}), layers)
+    model = quantised(layers_model({"fc": (weight, bias)}), layers, inputs)
     assert list(model.graph.initializers["fc.weight"].shape or ()) == [OUT, IN]
     require_equal(run(graph_bytes(model), X)["fc.y"], X, weight, bias, scale, kind)
 
@@ -142,7 +154,7 @@ def test_a_weight_without_a_value_becomes_its_codes() -> None:
     """So does the compiler assemble a stage: the float weight is in no file of the bundle."""
     model = ir.from_proto(layers_model({"fc": (WEIGHT, None)}))
     model.graph.initializers["fc.weight"].const_value = None
-    QuantiseLayersPass({"fc": quantised_layer(WEIGHT, 0.02, "int8")})(model)
+    QuantiseLayersPass({"fc": quantised_layer(WEIGHT, 0.02, "int8")}, IntegerInputs.SIGNED)(model)
     require_equal(run(graph_bytes(model), X)["fc.y"], X, WEIGHT, None, 0.02, "int8")
 
 
@@ -176,7 +188,8 @@ def test_layers_with_one_input_and_scale_share_its_quantisation(kind: str) -> No
     weights = {name: random_array(seed, OUT, IN) for seed, name in enumerate("qkv")}
     scales = {"q": 0.02, "k": 0.02, "v": 0.03}
     model = ir.from_proto(layers_model({name: (weight, BIAS) for name, weight in weights.items()}))
-    QuantiseLayersPass({name: quantised_layer(weights[name], scales[name], kind) for name in weights})(model)
+    layers = {name: quantised_layer(weights[name], scales[name], kind) for name in weights}
+    QuantiseLayersPass(layers, IntegerInputs.UNSIGNED)(model)
     assert operators(model).count("QuantizeLinear") == 3
     common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
@@ -208,24 +221,71 @@ def test_layers_that_are_not_in_the_graph() -> None:
     model = ir.from_proto(layers_model({"fc": (WEIGHT, None)}))
     layer = quantised_layer(WEIGHT, 0.02, "int8")
     with pytest.raises(PreconditionError, match=r"layers has no layers gone\.fc1, gone\.fc2"):
-        QuantiseLayersPass({"gone.fc2": layer, "fc": layer, "gone.fc1": layer})(model)
+        QuantiseLayersPass({"gone.fc2": layer, "fc": layer, "gone.fc1": layer}, IntegerInputs.SIGNED)(model)
     assert operators(model) == ["Gemm"]
 
 
 def test_a_weight_that_two_layers_share_is_refused() -> None:
     model = ir.from_proto(layers_model({"a": (WEIGHT, None), "b": (WEIGHT, None)}, weights={"b": "a"}))
     with pytest.raises(PreconditionError, match="has no layers a"):
-        QuantiseLayersPass({"a": quantised_layer(WEIGHT, 0.02, "int8")})(model)
+        QuantiseLayersPass({"a": quantised_layer(WEIGHT, 0.02, "int8")}, IntegerInputs.SIGNED)(model)
 
 
 def test_codes_of_another_type_are_a_defect() -> None:
     model = ir.from_proto(layers_model({"fc": (WEIGHT, None)}))
-    codes = QuantisedLayer(ir.tensor(WEIGHT), ir.tensor(np.ones(OUT, np.float32)), 0.02)
+    codes = QuantisedLayer(ir.tensor(WEIGHT), ir.tensor(np.ones(OUT, np.float32)), around_zero(0.02))
     with pytest.raises(AssertionError, match="codes of type FLOAT"):
-        QuantiseLayersPass({"fc": codes})(model)
+        QuantiseLayersPass({"fc": codes}, IntegerInputs.SIGNED)(model)
+
+
+def test_a_missing_range_is_a_defect_where_it_is_needed() -> None:
+    layer = replace(quantised_layer(WEIGHT, 0.02, "int8"), activation=ActivationScales(0.02))
+    signed = quantised(layers_model({"fc": (WEIGHT, None)}), {"fc": layer}, IntegerInputs.SIGNED)
+    require_equal(run(graph_bytes(signed), X)["fc.y"], X, WEIGHT, None, 0.02, "int8")
+    with pytest.raises(AssertionError, match="fc: an INT8 layer without the range of its input"):
+        quantised(layers_model({"fc": (WEIGHT, None)}), {"fc": layer})
+
+
+def test_unsigned_codes_span_the_range(tmp_path: Path) -> None:
+    """Behind a GELU: each code is used, values beyond the range saturate, and ONNX Runtime still fuses the product."""
+    x = np.maximum(random_array(8, 64, IN), -0.17).astype(np.float32)
+    x[0, :2] = (-5, 50)
+    lowest, highest = -0.17, 3.0
+    weight = random_array(9, OUT, IN)
+    activation = ActivationScales(3.0 / 127, (lowest, highest))
+    layer = replace(quantised_layer(weight, 1.0, "int8"), activation=activation)
+    model = ir.from_proto(layers_model({"fc": (weight, BIAS)}))
+    lower(model, CPU, EightBit({"fc": layer}))
+    file = tmp_path / "optimised.onnx"
+    received = run(graph_bytes(model), x, file)["fc.y"]
+    assert operators(onnx.load(file)).count("QGemm") == 1
+    step = np.float32((highest - lowest) / 255)
+    codes = np.clip(np.rint(x / step) + 14, 0, 255)  # 0.17 / step = 13.7
+    assert (codes.min(), codes.max()) == (0, 255)
+    stored, scales = quantised_weight(weight, "int8")
+    operands = (codes - 14) * np.float64(step), stored * scales.astype(np.float64)[:, None]
+    expected = operands[0] @ operands[1].T + BIAS
+    magnitude = np.abs(operands[0]) @ np.abs(operands[1]).T + np.abs(BIAS)
+    assert (np.abs(received - expected) <= 8 * 2.0**-24 * magnitude).all()
+
+
+@pytest.mark.parametrize("readers", [1, 3])
+def test_products_that_share_their_input_are_computed_in_8_bits(tmp_path: Path, readers: int) -> None:
+    """One QuantizeLinear for all: ONNX Runtime has no fast product for int8 codes that several read."""
+    weights = {f"l{index}": random_array(index, OUT, IN) for index in range(readers)}
+    model = ir.from_proto(layers_model({name: (weight, BIAS) for name, weight in weights.items()}))
+    lower(model, CPU, EightBit({name: quantised_layer(weight, 0.02, "int8") for name, weight in weights.items()}))
+    file = tmp_path / "optimised.onnx"
+    results = run(graph_bytes(model), X, file)
+    optimised = onnx.load(file)
+    assert operators(optimised).count("QuantizeLinear") == 1
+    assert operators(optimised).count("QGemm") == readers
+    assert not {"Gemm", "MatMul", "DequantizeLinear"} & set(operators(optimised))
+    for name, weight in weights.items():
+        require_equal(results[f"{name}.y"], X, weight, BIAS, 0.02, "int8")
 
 
 def test_the_postcondition() -> None:
     untouched = ir.from_proto(layers_model({"fc": (WEIGHT, None)}))
     with pytest.raises(PostconditionError, match="fc has an operand in high precision"):
-        QuantiseLayersPass({"fc": quantised_layer(WEIGHT, 0.02, "int8")}).ensures(untouched)
+        QuantiseLayersPass({"fc": quantised_layer(WEIGHT, 0.02, "int8")}, IntegerInputs.SIGNED).ensures(untouched)
