@@ -31,12 +31,6 @@ from reelforge.runtime.receipt import Receipt
 
 _LAST_MESSAGES = 4
 _LAST_BYTES = 2000
-_MEMORY = {
-    # glibc gives freed blocks of this size back to the system, rather than keep them for later.
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 20),
-    "MALLOC_ARENA_MAX": "2",
-}
 
 
 @dataclass
@@ -117,7 +111,7 @@ def _child(job: Path, folder: Path, output: BinaryIO) -> Iterator[tuple[subproce
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 pass_fds=(writer,),
-                env={**os.environ, **_MEMORY, "TMPDIR": str(folder)},
+                env={**os.environ, "TMPDIR": str(folder)},
                 start_new_session=True,  # Ctrl-C is for this process, which then ends the child
             )
         finally:

@@ -115,7 +115,7 @@ def save_attention(path: Path, kind: int = Kind.BFLOAT16, head_dim: int = 64, ei
         names = [graph.quantised(name, f"double.0.attention.{name}", kind, Kind.FLOAT8E4M3FN) for name in names]
     graph.node("Attention", names, "y", "double.0.Attention", scale=head_dim**-0.5)
     shape = [1, HEADS, "tokens", head_dim]
-    return graph.save(path, {name: (kind, shape) for name in "qkv"}, {"y": (kind, shape)})
+    return graph.save(path, dict.fromkeys("qkv", (kind, shape)), {"y": (kind, shape)})
 
 
 def request_for(
