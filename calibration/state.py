@@ -31,14 +31,16 @@ class CalibrationState:
     Args:
         folder: It is created; if it holds the state of the same calibration, that is continued.
         identity: Everything that the observations depend on, as JSON types.
+        temporary: Nobody will continue from the folder: progress is not saved, and nothing waits for the disk.
 
     Raises:
         CalibrationError: If the folder holds another calibration's state or other files, is in use by another process,
             or cannot be written.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, Any], temporary: bool = False) -> None:
         self.folder = folder
+        self.temporary = temporary
         self._identity = json.loads(json.dumps(identity))
         try:
             (folder / _INPUTS).mkdir(parents=True, exist_ok=True)
@@ -57,11 +59,13 @@ class CalibrationState:
         self._lock.close()
 
     def save(self, done: int, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Note that ``done`` units of work are finished, and what they gave.
+        """Note that ``done`` units of work are finished, and what they gave; nothing if the folder is temporary.
 
         Raises:
             CalibrationError: If it cannot be written.
         """
+        if self.temporary:
+            return
         content: dict[str, Any] = {_DONE: np.array(done), **arrays}
         self._write(_PROGRESS, lambda file: np.savez(file, **content))
 
@@ -150,8 +154,9 @@ class CalibrationState:
         try:
             with partial.open("wb") as file:
                 write(file)
-                file.flush()
-                os.fsync(file.fileno())
+                if not self.temporary:
+                    file.flush()
+                    os.fsync(file.fileno())
             partial.replace(path)
         except OSError as error:
             partial.unlink(missing_ok=True)

@@ -344,7 +344,7 @@ def _state(folder: Path | None, identity: Mapping[str, Any]) -> Iterator[Calibra
         return
     with (
         tempfile.TemporaryDirectory(prefix="reelforge-calibration-") as temporary,
-        closing(CalibrationState(Path(temporary), identity)) as state,
+        closing(CalibrationState(Path(temporary), identity, temporary=True)) as state,
     ):
         yield state
 

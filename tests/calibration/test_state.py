@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -111,3 +112,13 @@ def test_damaged_files_are_named(state: CalibrationState, length: int) -> None:
     (state.folder / "identity.json").write_text("{")
     with pytest.raises(CalibrationError, match="is damaged"):
         CalibrationState(state.folder, IDENTITY)
+
+
+def test_a_temporary_state_keeps_inputs_and_no_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.fsync", lambda _: pytest.fail("waits for the disk"))
+    with closing(CalibrationState(tmp_path, IDENTITY, temporary=True)) as state:
+        array = np.arange(6, dtype=np.float32).reshape(2, 3)
+        state.save(3, {"a": array})
+        state.save_inputs(1, {"text": array})
+        assert state.load() == (0, {})
+        np.testing.assert_array_equal(state.load_inputs(1, "text"), array)
