@@ -164,6 +164,8 @@ def load_library(backend: Backend) -> TensorRtLibrary:
     extra = {Backend.RTX: "rtx", Backend.TRT: "tensorrt"}[backend]
     try:
         module = importlib.import_module(name)
+        if not hasattr(module, "Runtime"):  # a folder of type stubs, or what an uninstallation left, imports as well
+            raise ImportError(f"{name} has no Runtime")
     except (ImportError, OSError) as error:
         raise EngineError(
             f"{PRODUCTS[backend]} cannot be loaded, and this bundle's engines run on it.",

@@ -14,7 +14,8 @@ from reelforge.runtime.cuda.driver import DeviceInfo
 from reelforge.runtime.engines.device_session import DeviceSession
 from reelforge.runtime.engines.tensorrt_library import DATA_TYPES, MODULES, CudaEngine, ExecutionContext
 from reelforge.runtime.errors import EngineError
-from reelforge.runtime.manifest import PlanEntry, ProfileEntry, StageEntry, TensorInfo
+from reelforge.runtime.manifest import PlanEntry, ProfileEntry, StageEntry
+from reelforge.runtime.plan_file import check_header
 
 Shape = tuple[int, ...]
 
@@ -68,19 +69,38 @@ def choose_profile(stage: str, plan: PlanEntry, sizes: Mapping[str, int]) -> int
 
 
 class LoadedPlan:
-    """One plan on the GPU, with its context. Make one with :func:`load_plan`."""
+    """One plan on the GPU, with its context. Make one with :func:`load_plan`.
 
-    def __init__(
-        self, session: DeviceSession, stage: str, plan: PlanEntry, engine: CudaEngine, context: ExecutionContext
-    ) -> None:
+    The library's objects are only here and never in a variable: an error that someone keeps also keeps the variables of
+    the calls that it came through, and with them a plan's weights on the GPU.
+    """
+
+    def __init__(self, session: DeviceSession, stage: str, path: Path, plan: PlanEntry) -> None:
         self.plan = plan
         self.what = f"stage {stage!r}" if plan.parts == 1 else f"part {plan.part} of stage {stage!r}"
         self._session = session
         self._stage = stage
-        self._engine: CudaEngine | None = engine
-        self._context: ExecutionContext | None = context
+        self._path = path
+        self._engine: CudaEngine | None = None
+        self._context: ExecutionContext | None = None
         self._profile: int | None = None
         self._memory = (0, 0)
+
+    def load(self) -> None:
+        """Load the plan's file and make a context (see :func:`load_plan`)."""
+        library = self._session.library
+        try:
+            # Mapped, not read: the library copies what it needs, and a plan may be larger than the machine's memory.
+            with self._path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                self._engine = library.deserialize(data)
+        except (OSError, ValueError) as error:
+            raise EngineError(f"the plan {self._path.name!r} of {self.what} cannot be read: {error}.") from error
+        if self._engine is None:
+            raise self._refused()
+        self._check_signature(self._engine)
+        self._context = library.create_context(self._engine)
+        if self._context is None:
+            raise self._refused()
 
     def prepare(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
         """Choose profile and shapes, and return the outputs' shapes. Nothing of this plan may be running.
@@ -91,7 +111,6 @@ class LoadedPlan:
         Raises:
             EngineError: If no profile takes the sizes, or the library refuses them.
         """
-        context = self._opened()
         sizes = {
             dimension: size
             for info in self.plan.inputs
@@ -101,22 +120,23 @@ class LoadedPlan:
         profile = choose_profile(self._stage, self.plan, sizes)
         if profile != self._profile:
             self._require(
-                context.set_optimization_profile_async(profile, self._session.stream), f"choose profile {profile}"
+                self._opened().set_optimization_profile_async(profile, self._session.stream),
+                f"choose profile {profile}",
             )
             # Another stream may not use the context before the switch is done, and a graph may not record it.
             self._session.cuda.synchronize(self._session.stream)
             self._profile = profile
         for info in self.plan.inputs:
             shape = shapes[info.name]
-            self._require(context.set_input_shape(info.name, shape), f"take {info.name} {list(shape)}")
+            self._require(self._opened().set_input_shape(info.name, shape), f"take {info.name} {list(shape)}")
         try:
-            missing = context.infer_shapes()
+            missing = self._opened().infer_shapes()
         except RuntimeError as error:
             raise EngineError(
                 f"{self.what} cannot infer its shapes.", received=f"{error}; {self._session.library.messages()}"
             ) from error
         self._require(not missing, f"infer its shapes without {', '.join(missing)}")
-        outputs = {info.name: tuple(context.get_tensor_shape(info.name)) for info in self.plan.outputs}
+        outputs = {info.name: tuple(self._opened().get_tensor_shape(info.name)) for info in self.plan.outputs}
         for name, shape in outputs.items():
             self._require(min(shape, default=0) >= 0, f"know the shape of {name} before it runs ({list(shape)})")
         return outputs
@@ -129,14 +149,15 @@ class LoadedPlan:
 
     def bind(self, addresses: Mapping[str, int]) -> None:
         """Say where the tensors are and take the arena, which is as large as :meth:`activation_bytes` already."""
-        context = self._opened()
         for info in (*self.plan.inputs, *self.plan.outputs):
-            self._require(context.set_tensor_address(info.name, addresses[info.name]), f"take the address {info.name}")
+            self._require(
+                self._opened().set_tensor_address(info.name, addresses[info.name]), f"take the address {info.name}"
+            )
         need = self.activation_bytes()
         block = self._session.arena.reserve(need, f"the activations of {self.what}")
         if self._memory != (block.address, block.size_bytes):
             self._memory = (block.address, block.size_bytes)
-            context.set_device_memory(*self._memory)
+            self._opened().set_device_memory(*self._memory)
 
     def enqueue(self) -> None:
         """Enqueue the plan on the session's stream.
@@ -172,6 +193,37 @@ class LoadedPlan:
                 fix="rebuild the bundle with build-engine",
             )
 
+    def _check_signature(self, engine: CudaEngine) -> None:
+        """The plan has the tensors and profiles that the manifest states, and all of them on the device."""
+        module = self._session.library.module
+        found = {}
+        for name in (engine.get_tensor_name(index) for index in range(engine.num_io_tensors)):
+            place = "" if engine.get_tensor_location(name) == module.TensorLocation.DEVICE else " on the host"
+            found[name] = f"{engine.get_tensor_mode(name).name} {engine.get_tensor_dtype(name).name}{place}"
+        profiles = engine.num_optimization_profiles
+        del engine
+        groups = (("INPUT", self.plan.inputs), ("OUTPUT", self.plan.outputs))
+        stated = {
+            info.name: f"{mode} {DATA_TYPES.get(info.dtype, info.dtype)}" for mode, infos in groups for info in infos
+        }
+        if stated != found or profiles != len(self.plan.profiles):
+            raise EngineError(
+                f"the plan {self._path.name!r} has other tensors or profiles than its manifest states.",
+                received=f"{profiles} profiles, {found}",
+                expected=f"{len(self.plan.profiles)} profiles, {stated}",
+                fix="rebuild the bundle with build-engine",
+            )
+
+    def _refused(self) -> EngineError:
+        free, total = self._session.cuda.memory()
+        device = self._session.cuda.device
+        return EngineError(
+            f"{self._session.library.name} refuses the plan {self._path.name!r} of {self.what}.",
+            received=self._session.library.messages(),
+            expected=f"a plan for {device.architecture} that fits into {free} of {total} bytes",
+            fix="rebuild the bundle with build-engine",
+        )
+
 
 def load_plan(session: DeviceSession, stage: str, path: Path, plan: PlanEntry) -> LoadedPlan:
     """Load one plan onto the session's GPU.
@@ -196,9 +248,7 @@ def load_plan(session: DeviceSession, stage: str, path: Path, plan: PlanEntry) -
             expected=plan.backend,
             fix=f"pip install {'=='.join(plan.backend.split())}, or rebuild the bundle",
         )
-    from reelforge.runtime.plan_file import check_plan  # type: ignore[import-not-found, unused-ignore]
-
-    check_plan(path, plan.architectures, library.backend)
+    check_header(path, backend=library.backend, version=library.version, architecture=session.cuda.device.architecture)
     free, total = session.cuda.memory()
     if plan.weight_bytes > free:
         raise EngineError(
@@ -207,54 +257,13 @@ def load_plan(session: DeviceSession, stage: str, path: Path, plan: PlanEntry) -
             expected=f"{plan.weight_bytes} bytes",
             fix="end other programs that use this GPU (nvidia-smi lists them), or build with a lower precision",
         )
+    loaded = LoadedPlan(session, stage, path, plan)
     try:
-        # Mapped, not read: the library copies what it needs, and a plan may be larger than the machine's memory.
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            engine = library.deserialize(data)
-    except (OSError, ValueError) as error:
-        raise EngineError(f"the plan {path.name!r} of stage {stage!r} cannot be read: {error}.") from error
-    if engine is None:
-        raise _refused(session, path, stage)
-    _check_signature(session, path, plan, engine)
-    context = library.create_context(engine)
-    if context is None:
-        raise _refused(session, path, stage)
-    return LoadedPlan(session, stage, plan, engine, context)
-
-
-def _refused(session: DeviceSession, path: Path, stage: str) -> EngineError:
-    free, total = session.cuda.memory()
-    return EngineError(
-        f"{session.library.name} refuses the plan {path.name!r} of stage {stage!r}.",
-        received=session.library.messages(),
-        expected=f"a plan for {session.cuda.device.architecture} that fits into {free} of {total} bytes",
-        fix="rebuild the bundle with build-engine",
-    )
-
-
-def _check_signature(session: DeviceSession, path: Path, plan: PlanEntry, engine: CudaEngine) -> None:
-    """The plan has the tensors and profiles that the manifest states, and all of them on the device."""
-    module = session.library.module
-    stated = {
-        **{info.name: _signature("INPUT", info) for info in plan.inputs},
-        **{info.name: _signature("OUTPUT", info) for info in plan.outputs},
-    }
-    found = {}
-    for index in range(engine.num_io_tensors):
-        name = engine.get_tensor_name(index)
-        place = "" if engine.get_tensor_location(name) == module.TensorLocation.DEVICE else " on the host"
-        found[name] = f"{engine.get_tensor_mode(name).name} {engine.get_tensor_dtype(name).name}{place}"
-    if stated != found or engine.num_optimization_profiles != len(plan.profiles):
-        raise EngineError(
-            f"the plan {path.name!r} has other tensors or profiles than its manifest states.",
-            received=f"{engine.num_optimization_profiles} profiles, {found}",
-            expected=f"{len(plan.profiles)} profiles, {stated}",
-            fix="rebuild the bundle with build-engine",
-        )
-
-
-def _signature(mode: str, info: TensorInfo) -> str:
-    return f"{mode} {DATA_TYPES.get(info.dtype, info.dtype)}"
+        loaded.load()
+    except BaseException:
+        loaded.close()
+        raise
+    return loaded
 
 
 def _sizes(sizes: Mapping[str, int]) -> str:
