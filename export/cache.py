@@ -12,16 +12,16 @@ The module knows what a plan follows from. Where the files lie is the matter of 
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reelforge.export import engines
 from reelforge.export.cache_store import CachedEntry, DamagedEntryError, EntryStore, NoRoomError
 from reelforge.export.engines.request import PlanRequest
 from reelforge.runtime.codec import to_json
@@ -30,6 +30,7 @@ from reelforge.runtime.receipt import RECEIPT_VERSION
 
 DEFAULT_LIMIT_BYTES = 50 * 10**9
 _PLACES = ("graph", "plan", "receipt", "scratch")  # of a PlanRequest: where files lie, not what is in them
+_COMPILER, _OURS = "reelforge.export.engines.child", ("reelforge.export", "reelforge.plugins")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 Build = Callable[[Path, Path], None]
 
@@ -44,12 +45,14 @@ class PlanKey:
             weight by its digest, and not in which file it lies.
         backend: Library and version, ``tensorrt_rtx 1.7.1.116``.
         device: Name of the GPU on which the compiler times kernels; empty where it needs none.
+        builder: Digest of our own code that compiles, by :func:`builder_digest`.
     """
 
     request: PlanRequest
     graph_digest: str
     backend: str
     device: str = ""
+    builder: str = field(default_factory=lambda: builder_digest())
 
     def content(self) -> dict[str, Any]:
         """Return what the key covers, as JSON types."""
@@ -59,7 +62,7 @@ class PlanKey:
         request["target"]["architectures"].sort()  # sets, whatever their order
         request["expected"]["decomposed"].sort()
         return {
-            "builder": builder_digest(),
+            "builder": self.builder,
             "receipt_version": RECEIPT_VERSION,
             "request": request,
             "graph_digest": self.graph_digest,
@@ -163,15 +166,31 @@ class PlanCache:
 
 
 def builder_digest() -> str:
-    """Return the sha256 of the builder's source code.
+    """Return the sha256 of the source code that compiles a plan: the child process's, and all of ours that it imports.
 
-    What the builder asks of the compiler, and how it reads the answer, is in the code and in no request. A number
-    to raise by hand would be forgotten once, and stale plans be taken for years; a changed comment costs a build.
+    What the builder asks of the compiler, and how it reads the answer, is in the code and in no request. A number to
+    raise by hand would be forgotten once, and stale plans be taken for years; a changed comment costs a build. Modules
+    of ``runtime`` hold data and messages, and are left out; of what they define, :data:`RECEIPT_VERSION` is in the key.
     """
-    digest = hashlib.sha256()
-    for path in sorted(Path(engines.__file__).parent.rglob("*.py")):
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
+    sources: dict[str, bytes] = {}
+    todo = [_COMPILER]
+    while todo:
+        name = todo.pop()
+        path = _source(name)
+        if name in sources or path is None:
+            continue
+        sources[name] = path.read_bytes()
+        for node in ast.walk(ast.parse(sources[name])):
+            if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.startswith(_OURS):
+                todo += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    digests = {name: hashlib.sha256(source).hexdigest() for name, source in sources.items()}
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def _source(name: str) -> Path | None:
+    """Return the file of one of our modules, without importing it; None if ``name`` is something in a module."""
+    path = Path(__file__).parents[1].joinpath(*name.split(".")[1:])
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
 
 
 def default_folder(environment: Mapping[str, str], home: Path) -> Path:

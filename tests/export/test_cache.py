@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 from onnx import TensorProto, helper
 
-from reelforge.export import cache, engines
+from reelforge.export import cache
 from reelforge.export.cache import PlanCache, PlanKey, builder_digest, default_folder, parse_size
 from reelforge.export.engines.request import Expected, PlanRequest, Profile
 from reelforge.export.graph_file import graph_digest
@@ -51,6 +50,7 @@ def with_expected(**changes: Any) -> PlanKey:
 OTHER_KEYS = {
     "graph digest": replace(KEY, graph_digest="e" * 64),
     "library version": replace(KEY, backend="tensorrt_rtx 1.8.0"),
+    "builder": replace(KEY, builder="f" * 64),
     "device": replace(KEY, device="NVIDIA H100 PCIe"),
     "stage": with_request(stage="vae_decoder"),
     "backend": with_request(target=Target.parse("trt:sm89+sm120")),
@@ -99,22 +99,38 @@ def test_no_field_of_a_request_is_forgotten() -> None:
     """A field that somebody adds enters the key by itself; to leave it out takes a line in the cache and one here."""
     left_out = {"graph", "plan", "receipt", "scratch"}
     assert set(KEY.content()["request"]) == {field.name for field in fields(PlanRequest)} - left_out
-    assert set(KEY.content()) - {"builder", "receipt_version"} == {field.name for field in fields(PlanKey)}
+    assert set(KEY.content()) - {"receipt_version"} == {field.name for field in fields(PlanKey)}
     for name in left_out:  # these must not tell anything but a place
         assert isinstance(getattr(REQUEST, name), str)
 
 
-def test_another_builder_is_another_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever changes a line of the builder finds no plan of the builder before."""
-    folder = tmp_path / "engines"
-    shutil.copytree(Path(engines.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    before = KEY.sha256
-    monkeypatch.setattr(engines, "__file__", str(folder / "__init__.py"))
-    assert builder_digest() in repr(KEY.content())
-    assert KEY.sha256 == before  # the same code elsewhere
-    with (folder / "request.py").open("a") as file:
-        file.write("LEVEL = 5\n")
-    assert KEY.sha256 != before
+@pytest.mark.parametrize(
+    ("module", "matters"),
+    [
+        ("engines/child.py", True),
+        ("engines/builder.py", True),
+        ("engines/request.py", True),
+        ("passes/quantise_attention.py", True),  # the scale that the builder gives to softmax
+        ("build.py", False),
+    ],
+)
+def test_whoever_changes_the_builder_finds_no_plan_of_the_one_before(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, module: str, matters: bool
+) -> None:
+    assert KEY.content()["builder"] == builder_digest()
+    changed = Path(cache.__file__).parent / module
+    assert changed.is_file()
+    source = cache._source
+
+    def elsewhere(name: str) -> Path | None:
+        path = source(name)
+        if path is None or path.resolve() != changed.resolve():
+            return path
+        (tmp_path / "copy.py").write_text(path.read_text() + "# changed\n")
+        return tmp_path / "copy.py"
+
+    monkeypatch.setattr(cache, "_source", elsewhere)
+    assert (PlanKey(REQUEST, KEY.graph_digest, KEY.backend).sha256 != KEY.sha256) == matters
 
 
 def test_another_receipt_format_is_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
