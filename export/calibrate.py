@@ -251,7 +251,10 @@ class _Run:
     def observe(self, extremes_suffice: bool) -> Observations:
         """Run what is not done yet, and return everything that was observed."""
         divided = self.plan.divided()
-        first = _Pass.over(Observer(self.plan.tensors(), divided), self.plan.observed, first=True)
+        # A state that is kept serves every method afterwards, so it has the histograms of what is not divided.
+        few = self.plan.tensors() if extremes_suffice and self.state.temporary else ()
+        extremes_only = {*divided, *(tensor.name for tensor in few)}
+        first = _Pass.over(Observer(self.plan.tensors(), extremes_only), self.plan.observed, first=True)
         self._run(first, "0:", "")
         extremes = first.observer.extremes
         factors = self._factors(extremes)
@@ -259,7 +262,7 @@ class _Run:
             name: own for planned, own in zip(self.plan.groups, factors, strict=True) for name in planned.divided
         }
         if extremes_suffice or not divided:
-            smoothed = {name: _statistics_of_extremes(extremes[name], divisors[name]) for name in divided}
+            smoothed = {name: _statistics_of_extremes(own, divisors.get(name)) for name, own in extremes.items()}
         else:
             tensors = [tensor for tensor in self.plan.tensors() if tensor.name in divided]
             second = _Pass.over(Observer(tensors, (), divisors), self.plan.only(divided), first=False)
@@ -313,10 +316,15 @@ def _prefixed(observer: Observer, prefix: str) -> dict[str, NDArray[Any]]:
     return {prefix + name: array for name, array in observer.to_arrays().items()}
 
 
-def _statistics_of_extremes(extremes: ChannelExtremes, divisors: FloatArray) -> TensorStatistics:
-    """Return statistics with the smoothed tensor's largest magnitudes and its range with zero; the rest is not true."""
-    statistics = TensorStatistics(len(divisors))
-    statistics.update(np.stack([extremes.lowest, extremes.highest]) / divisors)
+def _statistics_of_extremes(extremes: ChannelExtremes, divisors: FloatArray | None) -> TensorStatistics:
+    """Return statistics with the tensor's largest magnitudes and its range with zero; the rest is not true.
+
+    ``divisors`` are the smoothing's, if the tensor is smoothed.
+    """
+    statistics = TensorStatistics(len(extremes.lowest))
+    if extremes.count:
+        rows = np.stack([extremes.lowest, extremes.highest])
+        statistics.update(rows if divisors is None else rows / divisors)
     return statistics
 
 
