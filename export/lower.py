@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, common
 
+from reelforge.export.engines.requirements import takes
+from reelforge.export.passes.decompose_frame_causal_attention import DecomposeFrameCausalAttentionPass
+from reelforge.export.passes.defer_scales import DeferScalesPass
 from reelforge.export.passes.lower_float8 import LowerFloat8Pass
 from reelforge.export.passes.lower_frame_causal_attention import LowerFrameCausalAttentionPass
 from reelforge.export.passes.lower_group_norm import LowerGroupNormPass
@@ -15,7 +18,7 @@ from reelforge.export.passes.lower_key_lengths import LowerKeyLengthsPass
 from reelforge.export.passes.lower_linear import LowerLinearPass
 from reelforge.export.passes.quantise_attention import AttentionScales, QuantiseAttentionPass
 from reelforge.export.passes.quantise_layers import IntegerInputs, QuantisedLayer, QuantiseLayersPass
-from reelforge.runtime.recipe import Backend, Target
+from reelforge.runtime.recipe import Backend, Precision, Target
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,20 @@ def passes_for(target: Target, eight_bit: EightBit) -> Sequence[InPlacePass]:
         target: What will execute the graph.
         eight_bit: What of it is computed in 8 bits.
     """
+    compiled = (
+        common.IdentityEliminationPass(),
+        DecomposeFrameCausalAttentionPass(_logits(target)),
+        LowerKeyLengthsPass(),
+        LowerLinearPass(),
+        common.RemoveUnusedNodesPass(),
+        QuantiseLayersPass(eight_bit.layers, IntegerInputs.SIGNED),
+        DeferScalesPass(),
+        QuantiseAttentionPass(eight_bit.attentions),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.ClearMetadataAndDocStringPass(),
+    )
     lowering: dict[Backend, tuple[InPlacePass, ...]] = {
         Backend.CPU: (
             common.IdentityEliminationPass(),
@@ -54,8 +71,31 @@ def passes_for(target: Target, eight_bit: EightBit) -> Sequence[InPlacePass]:
             common.RemoveUnusedOpsetsPass(),
             common.ClearMetadataAndDocStringPass(),
         ),
+        Backend.CUDA: (  # as the CPU's, with the int8 inputs of GPUs; never run on one
+            common.IdentityEliminationPass(),
+            LowerFrameCausalAttentionPass(),
+            LowerKeyLengthsPass(),
+            LowerGroupNormPass(),
+            LowerLinearPass(),
+            common.RemoveUnusedNodesPass(),
+            QuantiseLayersPass(eight_bit.layers, IntegerInputs.SIGNED),
+            QuantiseAttentionPass(eight_bit.attentions),
+            LowerFloat8Pass(),
+            common.CommonSubexpressionEliminationPass(),
+            common.RemoveUnusedNodesPass(),
+            common.RemoveUnusedOpsetsPass(),
+            common.ClearMetadataAndDocStringPass(),
+        ),
+        Backend.RTX: compiled,
+        Backend.TRT: compiled,
     }
     return lowering[target.backend]
+
+
+def _logits(target: Target) -> ir.DataType | None:
+    """Return what the VAE's queries and keys are multiplied in: fp32 where all architectures have such products."""
+    exact = all(takes(target.backend, name, Precision.FP32) for name in target.architectures)
+    return ir.DataType.FLOAT if exact else None
 
 
 def lower(model: ir.Model, target: Target, eight_bit: EightBit | None = None) -> ir.Model:

@@ -32,9 +32,7 @@ def expected_of(model: ir.Model, plan: StagePlan) -> Expected:
         Layers and attentions of this graph only.
     """
     present = {node.name for node in model.graph if node.op_type in LAYER_OPERATORS}
-    layers = {
-        name: _FORMATS[layer.weight.number_format] for name, layer in plan.layers.items() if name in present
-    }
+    layers = {name: _FORMATS[layer.weight.number_format] for name, layer in plan.layers.items() if name in present}
     attentions: dict[str, Precision] = {}
     decomposed: list[str] = []
     for name, node in attention_nodes(model.graph).items():

@@ -84,8 +84,8 @@ def _ranges(spec: ModelSpec, recipe: Recipe, template: PromptTemplate) -> dict[s
     prompt = template.crop_start + text
     tiles = _tiles(spec, recipe)
     return {
-        # Two at least: with a batch that is always one, TensorRT-RTX drops the axis, and has no kernel for the attention
-        # of an encoder with a single head.
+        # Two at least: TensorRT-RTX drops the axis of a batch that is always one, and then has no kernel for the
+        # attention of an encoder with a single head.
         "batch": (1, recipe.batch, max(2, recipe.batch)),
         "prompt_tokens": (1, min(template.crop_start + TYPICAL_TEXT_TOKENS, prompt), prompt),
         "clip_tokens": (1, min(TYPICAL_TEXT_TOKENS, spec.clip.max_tokens), spec.clip.max_tokens),
@@ -129,4 +129,3 @@ def _too_small(shape: VideoShape, tokens: int) -> RequestError:
         expected=f"at least {FP8_ATTENTION_TOKENS} tokens",
         fix="name a larger shape, or leave --attention fp8 out",
     )
-

@@ -62,23 +62,19 @@ def _lower(node: ir.Node, graph: ir.Graph, logits_type: ir.DataType | None) -> N
     q, k, v = (editor.emit("Reshape", [operand, tokens], kind=kind) for operand in (query, key, value))
     # A power of two goes in before, so that sums over the channels fit fp16; the rest of 1 / sqrt(D) behind, in fp32.
     before = 2.0 ** -round(math.log2(width) / 2)
-    scaled = editor.emit("Mul", [_cast(editor, q, exact), _number(editor, before, exact)], kind=exact)
-    columns = editor.emit("Transpose", [_cast(editor, k, exact)], {"perm": [0, 2, 1]}, kind=exact)
+    scaled = editor.emit("Mul", [editor.cast(q, exact), _number(editor, before, exact)], kind=exact)
+    columns = editor.emit("Transpose", [editor.cast(k, exact)], {"perm": [0, 2, 1]}, kind=exact)
     products = editor.emit("MatMul", [scaled, columns], kind=exact)
     rest = _number(editor, width**-0.5 / before, _FLOAT)
-    logits = editor.emit("Mul", [_cast(editor, products, _FLOAT), rest], kind=_FLOAT)
+    logits = editor.emit("Mul", [editor.cast(products, _FLOAT), rest], kind=_FLOAT)
     sizes = [editor.emit("Shape", [query], {"start": axis, "end": axis + 1}) for axis in range(3)]
     by_frame = editor.emit("Concat", [*sizes, *sizes[1:]], {"axis": 0})
     framed = editor.emit("Reshape", [logits, by_frame], kind=_FLOAT)
     masked = editor.emit("Add", [framed, _mask(editor, sizes[1])], kind=_FLOAT)
     flat = editor.emit("Reshape", [masked, editor.emit("Shape", [products])], kind=_FLOAT)
-    probabilities = _cast(editor, editor.emit("Softmax", [flat], {"axis": -1}, kind=_FLOAT), kind)
+    probabilities = editor.cast(editor.emit("Softmax", [flat], {"axis": -1}, kind=_FLOAT), kind)
     attended = editor.emit("MatMul", [probabilities, v], kind=kind)
     editor.replace(editor.emit("Reshape", [attended, editor.emit("Shape", [query])], kind=kind))
-
-
-def _cast(editor: GraphEditor, value: ir.Value, kind: ir.TypeProtocol) -> ir.Value:
-    return value if value.type == kind else editor.emit("Cast", [value], {"to": int(kind.dtype)}, kind=kind)
 
 
 def _number(editor: GraphEditor, number: float, kind: ir.TypeProtocol) -> ir.Value:

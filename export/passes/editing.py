@@ -74,6 +74,13 @@ class GraphEditor:
             )
         return self.graph.initializers[name]
 
+    def cast(self, value: ir.Value, kind: ir.TypeProtocol | None) -> ir.Value:
+        """Return ``value`` in type ``kind``; itself if it has it, or if ``kind`` is None."""
+        if kind is None or value.type == kind:
+            return value
+        shape = None if value.shape is None else [size if isinstance(size, int) else None for size in value.shape]
+        return self.emit("Cast", [value], {"to": int(kind.dtype)}, kind=kind, shape=shape)
+
     def replace(self, result: ir.Value) -> None:
         """Let ``result`` stand for the anchor's output and remove the anchor."""
         if self.anchor is None:
@@ -93,6 +100,13 @@ def replace_output(graph: ir.Graph, node: ir.Node, result: ir.Value) -> None:
         old.name = f"{old.name}.replaced"
     ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
     graph.remove(node, safe=True)
+
+
+def output_type(kind: ir.TypeProtocol | None) -> dict[str, int]:
+    """Return the attribute of ``DequantizeLinear`` with fp32 scales that makes its output of ``kind``."""
+    if kind is None or kind.dtype == ir.DataType.FLOAT:
+        return {}
+    return {"output_dtype": int(kind.dtype)}
 
 
 def _attribute(name: str, value: int | Sequence[int] | ir.Graph) -> ir.Attr:

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, PreconditionError
 
-from reelforge.export.passes.editing import GraphEditor
+from reelforge.export.passes.editing import GraphEditor, output_type
 from reelforge.export.passes.layers import attention_nodes
+
+_FLOAT = ir.TensorType(ir.DataType.FLOAT)
 
 SOFTMAX_SCALE = 1.0 / 448.0
 """Of the probabilities in E4M3: none exceeds 1, and 1 becomes the format's largest value. Needs no observation."""
@@ -64,8 +66,8 @@ class QuantiseAttentionPass(InPlacePass):
                     editor.constant([0], ir.DataType.FLOAT8E4M3FN, scalar=True),
                 )
                 kind = ir.TensorType(ir.DataType.FLOAT8E4M3FN)
-                codes = editor.emit("QuantizeLinear", [value, *pair], kind=kind)
-                numbers = editor.emit("DequantizeLinear", [codes, *pair], _output_type(value), kind=value.type)
+                codes = editor.emit("QuantizeLinear", [editor.cast(value, _FLOAT), *pair], kind=kind)
+                numbers = editor.emit("DequantizeLinear", [codes, *pair], output_type(value.type), kind=value.type)
                 codes.shape = numbers.shape = value.shape
                 node.replace_input_with(index, numbers)
         return PassResult(model, modified=bool(self.attentions))
@@ -78,10 +80,3 @@ class QuantiseAttentionPass(InPlacePass):
                 producer = None if value is None else value.producer()
                 if producer is None or producer.op_type != "DequantizeLinear":
                     raise PostconditionError(f"{name} has an input in high precision")
-
-
-def _output_type(value: ir.Value) -> dict[str, int]:
-    """Return the attribute that makes numbers of fp32 scales and codes be of ``value``'s type, where it is another."""
-    if value.dtype is None or value.dtype == ir.DataType.FLOAT:
-        return {}
-    return {"output_dtype": int(value.dtype)}

@@ -2,9 +2,9 @@
 
 ``x -> QuantizeLinear -> DequantizeLinear -> layer`` with one scale per tensor, and ``codes -> DequantizeLinear ->
 layer`` with one scale per output channel: the form that backends fuse to 8-bit products. (ONNX Runtime's CPU provider
-does so for ``Gemm``; a ``Conv`` there has the numbers of 8 bits and the speed of fp32.) The bias of an INT8 ``Gemm`` is
-added behind it: without a third input ONNX Runtime fuses ``QGemm``, and with a float bias inside it would compute in
-fp32 on dequantised weights.
+does so for ``Gemm``; a ``Conv`` there has the numbers of 8 bits and the speed of fp32.) The bias of a ``Gemm`` on uint8
+is added behind it: without a third input ONNX Runtime fuses ``QGemm``, and with a float bias inside it would compute in
+fp32 on dequantised weights. Scales are fp32 whatever the layer computes in; what is dequantised has the layer's type.
 
 The target says which codes the input of an INT8 layer gets. GPUs want int8 around zero. ONNX Runtime's CPU provider has
 fast products for uint8 only: version 1.31 makes uint8 of an int8 activation by itself where one product reads it, and
@@ -23,7 +23,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, PreconditionError
 
 from reelforge.calibration.number_formats import unsigned_codes
-from reelforge.export.passes.editing import GraphEditor
+from reelforge.export.passes.editing import GraphEditor, output_type
 from reelforge.export.passes.layers import Layer, weighted_layers
 
 CODE_TYPES = (ir.DataType.INT8, ir.DataType.FLOAT8E4M3FN)
@@ -116,8 +116,10 @@ def _quantise(graph: ir.Graph, layer: Layer, quantised: QuantisedLayer, inputs: 
         editor.constant([zero_point], input_kind, scalar=True),
     )
     shape = _sizes(layer.activation)
-    eight_bits = editor.emit("QuantizeLinear", [layer.activation, *pair], kind=ir.TensorType(input_kind), shape=shape)
-    activation = editor.emit("DequantizeLinear", [eight_bits, *pair], kind=layer.activation.type, shape=shape)
+    exact = editor.cast(layer.activation, ir.TensorType(ir.DataType.FLOAT))  # ONNX Runtime wants the scale's type
+    eight_bits = editor.emit("QuantizeLinear", [exact, *pair], kind=ir.TensorType(input_kind), shape=shape)
+    base = layer.activation.type
+    activation = editor.emit("DequantizeLinear", [eight_bits, *pair], output_type(base), kind=base, shape=shape)
     weight_name = str(layer.weight.name)
     _forget_weight(graph, layer)
     codes = _stored(graph, weight_name, quantised.codes)
@@ -125,12 +127,12 @@ def _quantise(graph: ir.Graph, layer: Layer, quantised: QuantisedLayer, inputs: 
     weight = editor.emit(
         "DequantizeLinear",
         [codes, scales, _zeros(graph, quantised.weight_scale.shape.numpy()[0], kind)],
-        {"axis": 0},
-        kind=ir.TensorType(ir.DataType.FLOAT),
+        {"axis": 0, **output_type(base)},
+        kind=base,
         shape=quantised.codes.shape.numpy(),
         name=f"{layer.name}.weight.DequantizeLinear",
     )
-    inside = old.op_type == "Conv" or kind != ir.DataType.INT8
+    inside = old.op_type == "Conv" or input_kind != ir.DataType.UINT8
     bias_inside = [layer.bias] if layer.bias is not None and inside else []
     result = ir.Value(name=layer.name, type=old.outputs[0].type, shape=old.outputs[0].shape)
     output_name = old.outputs[0].name
