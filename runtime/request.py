@@ -6,11 +6,12 @@ Knows the manifest; not engines, and not how a prompt is tokenised.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 from reelforge.runtime.errors import RequestError
-from reelforge.runtime.manifest import Manifest
+from reelforge.runtime.manifest import Manifest, ProfileEntry
 from reelforge.runtime.noise import MAX_SEED
 from reelforge.runtime.recipe import VideoShape
 from reelforge.runtime.tokenize import clean_prompt
@@ -141,27 +142,29 @@ def _size_problem(name: str, value: object, manifest: Manifest) -> _Problem | No
 def _plan_problems(shape: VideoShape, steps: int, manifest: Manifest) -> list[_Problem]:
     """Plans are compiled for single shapes, not for the range that these span, and for so many steps at most."""
     problems = []
-    shapes = manifest.recipe.shapes
-    if all(shape != one and shape != VideoShape(one.height, one.width, 1) for one in shapes):
-        listed = ", ".join(str(one) for one in shapes)
-        nearest = min(shapes, key=lambda one: abs(math.log(one.height * one.width / (shape.height * shape.width))))
+    profiles = [profile for stage in manifest.stages for plan in stage.plans for profile in plan.profiles]
+    _, frames, height, width = manifest.spec.latent_shape(shape.height, shape.width, shape.frames)
+    wanted = {"latent_frames": frames, "latent_height": height, "latent_width": width}
+    videos = {profile.name: profile for profile in profiles if set(wanted) <= set(profile.dimensions)}
+    if not any(_takes(profile, wanted) for profile in videos.values()):
+        listed = ", ".join(videos)
+        named = ",".join(str(one) for one in manifest.recipe.shapes)
         problems.append(
             _Problem(
                 f"shape={shape}",
-                f"shape one of {listed}, or one frame of such a size",
-                f"use shape={nearest}, or rebuild with --shapes {listed.replace(' ', '')},{shape}",
+                f"shape one of {listed}",
+                f"use one of them, or rebuild with --shapes {named},{shape}",
             )
         )
-    limits = [
-        profile.dimensions["steps"][2]
-        for stage in manifest.stages
-        for plan in stage.plans
-        for profile in plan.profiles
-        if "steps" in profile.dimensions
-    ]
+    limits = [profile.dimensions["steps"][2] for profile in profiles if "steps" in profile.dimensions]
     if limits and steps > min(limits):
         problems.append(_Problem(f"steps={steps}", f"steps up to {min(limits)}", f"use steps={min(limits)}"))
     return problems
+
+
+def _takes(profile: ProfileEntry, sizes: Mapping[str, int]) -> bool:
+    ranges = profile.dimensions
+    return all(ranges[name][0] <= size <= ranges[name][2] for name, size in sizes.items())
 
 
 def _integer_problems(name: str, value: object, low: int, high: int | None, default: int) -> list[_Problem]:

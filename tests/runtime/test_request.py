@@ -133,11 +133,22 @@ def test_what_passes_is_on_the_grid_and_what_fails_says_how_to_pass(
 # Plans
 
 
-def with_plans(manifest: Manifest, *shapes: str) -> Manifest:
+def with_plans(manifest: Manifest, *shapes: str, images: bool = True) -> Manifest:
     """The manifest of a bundle for a GPU, whose refiner takes at most 30 steps."""
-    profile = ProfileEntry("default", {"steps": (1, 20, 30), "text_tokens": (1, 64, 256)}, 0)
-    plan = PlanEntry("plans/r.plan", "receipts/r.json", ("sm89",), 0, 1, (), (), (profile,), 0, "tensorrt_rtx 1")
-    stages = tuple(replace(stage, plans=(plan,) if stage.name == "refiner" else ()) for stage in manifest.stages)
+    served = [VideoShape.parse(shape) for shape in shapes]
+    served += [VideoShape(shape.height, shape.width, 1) for shape in served if images]
+    videos = []
+    for shape in served:
+        sizes = manifest.spec.latent_shape(shape.height, shape.width, shape.frames)[1:]
+        names = ("latent_frames", "latent_height", "latent_width")
+        videos.append(ProfileEntry(str(shape), {name: (n, n, n) for name, n in zip(names, sizes, strict=True)}, 0))
+    profiles = {"refiner": (ProfileEntry("default", {"steps": (1, 20, 30)}, 0),), "dit": tuple(videos)}
+
+    def plans(stage: str) -> tuple[PlanEntry, ...]:
+        own = profiles.get(stage, ())
+        return (PlanEntry("x.plan", "x.json", ("sm89",), 0, 1, (), (), own, 0, "tensorrt_rtx 1"),) if own else ()
+
+    stages = tuple(replace(stage, plans=plans(stage.name)) for stage in manifest.stages)
     return replace(with_shapes(manifest, *shapes), target=Target.parse("rtx:sm89"), stages=stages)
 
 
@@ -156,8 +167,16 @@ def test_plans_serve_no_shapes_in_between(manifest: Manifest, shape: str) -> Non
         resolve_request(Request("", wanted.height, wanted.width, wanted.frames), served, "gpu.bundle")
     message = str(caught.value)
     assert f"shape={shape} is not supported by bundle 'gpu.bundle'" in message
-    assert "one of 32x64x9, 64x32x17, or one frame of such a size" in message
+    assert "one of 32x64x9, 64x32x17, 32x64x1, 64x32x1" in message
     assert f"--shapes 32x64x9,64x32x17,{shape}" in message
+
+
+def test_images_need_a_plan_for_them(manifest: Manifest) -> None:
+    """FP8 attention takes no fewer than 32 tokens, so a small size may be served as a video only."""
+    served = with_plans(manifest, "32x64x9", images=False)
+    assert resolve_request(Request("", 32, 64, 9), served, "x").shape == VideoShape(32, 64, 9)
+    with pytest.raises(RequestError, match="one of 32x64x9"):
+        resolve_request(Request("", 32, 64, 1), served, "x")
 
 
 def test_plans_serve_so_many_steps(manifest: Manifest) -> None:
