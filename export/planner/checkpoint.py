@@ -10,6 +10,7 @@ from reelforge.export.checkpoint.open import open_checkpoint
 from reelforge.export.models.hunyuan_video.spec_from_checkpoint import Numerics
 from reelforge.export.planner.plan import Model, Plan, PlanOptions, make_plan
 from reelforge.export.planner.refusals import Refusal, check_gpu, find_refusals
+from reelforge.runtime.errors import RequestError
 from reelforge.runtime.recipe import Recipe
 from reelforge.runtime.spec import VaeTiling
 
@@ -39,6 +40,14 @@ def plan_checkpoint(request: BuildRequest, options: PlanOptions) -> Planned:
         check_gpu(request.target, options.gpu)
     source = open_source(request)
     recipe = source.recipe()
+    unknown = [name for name in options.parts if name not in recipe.precision]
+    if unknown:
+        raise RequestError(
+            "the partition names stages that are not built.",
+            received=", ".join(unknown),
+            expected=", ".join(recipe.precision),
+            fix="write for example --partition dit=4",
+        )
     model = Model(
         source.family,
         source.spec,

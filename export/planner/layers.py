@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from reelforge.calibration.rules import StageRules, matches
-from reelforge.export.planner.work import Attention, Call
+from reelforge.export.planner.work import Attention, Call, Live
 from reelforge.runtime.recipe import Precision, Recipe
 
 BYTES: Mapping[Precision, int] = {
@@ -73,10 +73,11 @@ class StageLayers:
         """Return the precision in which an attention of this stage is computed."""
         return self.attention if attention.quantisable else self.base
 
-    def operand_bytes(self, layer: str) -> int:
-        """Return the size of one element that ``layer`` reads; the stage's own for the empty name."""
-        found = self.layers.get(layer)
-        return BYTES[self.base if found is None else found.precision]
+    def live_bytes(self, live: Live) -> int:
+        """Return the size of a tensor that is alive."""
+        found = self.layers.get(live.read_by)
+        precision = self.base if found is None else found.precision
+        return live.elements * BYTES[Precision.FP32 if live.fp32 else precision]
 
 
 def stage_layers(

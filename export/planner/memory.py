@@ -110,10 +110,7 @@ def parts_that_fit(layers: StageLayers, blocks: int, host_bytes: int) -> int | N
 
 def activation_bytes(call: Call, layers: StageLayers) -> int:
     """Return the largest sum of tensors that are alive together."""
-    return max(
-        (sum(live.elements * layers.operand_bytes(live.read_by) for live in moment) for moment in call.moments),
-        default=0,
-    )
+    return max((sum(layers.live_bytes(live) for live in moment) for moment in call.moments), default=0)
 
 
 def tensor_bytes(stage: Stage, names: Iterable[str], dimensions: Mapping[str, int]) -> int:

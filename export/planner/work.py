@@ -81,10 +81,12 @@ class Live:
     Attributes:
         elements: Its size.
         read_by: The layer that reads it: if that is in 8 bits, so is the tensor. Empty: it has the stage's precision.
+        fp32: Whether it is fp32 in any recipe.
     """
 
     elements: int
     read_by: str = ""
+    fp32: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,11 @@
 """What a video costs in the stages of HunyuanVideo: rows per layer, attentions, and the tensors alive together.
 
 Counts follow the modules of this folder. Which tensors are alive is what TensorRT-RTX 1.7 makes of them, read from its
-layer information: it joins q, k, v and the first MLP product of a single block (and gate and up of a LLaMA layer) into
-one product, whose output is alive beside the activation's. Another backend may need less or more.
+layer information and the activation memory that it states: it joins q, k, v and the first MLP product of a single block
+(and gate and up of a LLaMA layer) into one product, and runs attention and MLP of a single block beside each other, so
+that the product's output, the normalised and rotated heads, attention's output and the activated hidden are alive
+together. The decoder's norms are computed in fp32, and their intermediate results decide. Another backend may need less
+or more.
 
 Letters: ``N`` image tokens, ``L`` text tokens, ``S = N + L``, ``D`` width, ``T`` ``H`` ``W`` a tile of latents.
 """
@@ -38,7 +41,7 @@ def _llm(spec: ModelSpec, workload: Workload) -> Call:
     # Two norms and sums, rotation of q and k, gate times up.
     passes = llm.used_layers * tokens * (10 * llm.width + 4 * heads + 3 * llm.mlp_width)
     down = "layers.0.mlp.down_proj"
-    moment = (Live(tokens * (2 * llm.mlp_width + llm.width)), Live(tokens * llm.mlp_width, down))
+    moment = (Live(tokens * (2 * llm.mlp_width + 3 * llm.width)), Live(tokens * llm.mlp_width, down))
     rows = (Rows("embed_tokens", 0), Rows("layers.*", tokens))
     return Call(1, rows, (attention,), passes, (moment,), {"batch": 1, "prompt_tokens": tokens})
 
@@ -56,7 +59,7 @@ def _refiner(spec: ModelSpec, workload: Workload) -> Call:
     dit, steps, tokens = spec.dit, workload.steps, workload.text_tokens
     attention = Attention(dit.refiner_blocks * steps, dit.heads, dit.head_dim, tokens, tokens**2)
     passes = dit.refiner_blocks * steps * tokens * (14 * dit.width + 2 * dit.mlp_width)
-    moment = (Live(steps * tokens * (2 * dit.mlp_width + dit.width)),)
+    moment = (Live(steps * tokens * (2 * dit.mlp_width + 3 * dit.width)),)
     rows = (
         Rows("time_in.*", steps),
         Rows("pooled_text_in.*", 1),
@@ -92,7 +95,7 @@ def _dit(spec: ModelSpec, workload: Workload) -> Call:
     passes = batch * joint * (dit.double_blocks * double + dit.single_blocks * single)
     in_double = (Live(batch * joint * (6 * heads + 2 * dit.width)),)
     in_single = (
-        Live(batch * joint * (3 * heads + dit.mlp_width + 2 * dit.width)),
+        Live(batch * joint * (7 * heads + dit.mlp_width + 2 * dit.width)),
         Live(batch * joint * dit.mlp_width, "single.0.proj_mlp"),
     )
     rows = (
@@ -142,7 +145,7 @@ def _vae_tile(vae: VaeSpec, tile: Grid, times: int) -> Call:
         rows.append(Rows(f"decoder.up_blocks.{level}.resnets.*", _size(grid)))
         passes += (3 * (before + width) + 3 * width) * _size(grid)
         passes += vae.layers_per_block * 9 * width * _size(grid)
-        moments += [_convolution(grid, before, width, before), _convolution(grid, width, width, before)]
+        moments += [_norm(grid, before, width), _convolution(grid, before, width, before)]
         if level < spatial_levels:
             in_time = levels - 1 - temporal_levels <= level < levels - 1
             frames = 2 * grid[0] - 1 if in_time else grid[0]
@@ -172,6 +175,12 @@ def _convolution(grid: Grid, inputs: int, outputs: int, residual: int) -> tuple[
     """Return what a 3x3x3 convolution keeps alive: its padded input, its output, and the residual."""
     padded = (grid[0] + 2) * (grid[1] + 2) * (grid[2] + 2)
     return Live(inputs * padded), Live((outputs + residual) * _size(grid))
+
+
+def _norm(grid: Grid, inputs: int, outputs: int) -> tuple[Live, ...]:
+    """Return what a level's first norm keeps alive: its input, two fp32 copies of it, and the shortcut of the block."""
+    shortcut = outputs if inputs != outputs else 0
+    return Live((inputs + shortcut) * _size(grid)), Live(2 * inputs * _size(grid), fp32=True)
 
 
 def _size(grid: Grid) -> int:

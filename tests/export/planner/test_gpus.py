@@ -1,3 +1,5 @@
+"""GPUs by name and attention kernels by GPU: what is found, what is refused, and that no entry slipped a unit."""
+
 from __future__ import annotations
 
 import pytest

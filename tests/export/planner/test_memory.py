@@ -62,8 +62,10 @@ def test_kept_layers_are_counted_in_high_precision() -> None:
 def test_activations_of_the_loop_are_those_of_a_single_block() -> None:
     plan = plan_of(recipe(HD))
     dit = next(stage for stage in plan.buckets[0].stages if stage.stage == "dit")
-    # q, k, v and the MLP's hidden, its activation, the stream and the attention's projection; fp16.
-    assert dit.activation_bytes == 2 * 119_056 * (3 * 3072 + 12288 + 12288 + 2 * 3072)
+    # q, k, v and the MLP's hidden, the hidden activated; q, k, v laid out and attended; two streams; fp16.
+    assert dit.activation_bytes == 2 * 119_056 * 3072 * (3 + 4 + 4 + 3 + 1 + 2)
+    # TensorRT-RTX 1.7.1 states 12.548 GB for 4 + 4 blocks in fp16 at this shape (sm89+sm120, 256 text tokens).
+    assert dit.activation_bytes == pytest.approx(12_547_520_000, rel=0.02)
 
 
 def test_the_loop_carries_what_conditioning_put_out_for_all_steps() -> None:
