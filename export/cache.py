@@ -24,6 +24,7 @@ from typing import Any
 
 from reelforge.export.cache_store import CachedEntry, DamagedEntryError, EntryStore, NoRoomError
 from reelforge.export.engines.request import PlanRequest
+from reelforge.runtime.architectures import ARCHITECTURES
 from reelforge.runtime.codec import to_json
 from reelforge.runtime.errors import BuildError, RequestError
 from reelforge.runtime.receipt import RECEIPT_VERSION
@@ -59,7 +60,7 @@ class PlanKey:
         request = to_json(self.request)
         for name in _PLACES:
             del request[name]
-        request["target"]["architectures"].sort()  # sets, whatever their order
+        request["target"]["architectures"].sort(key=tuple(ARCHITECTURES).index)  # sets, whatever their order
         request["expected"]["decomposed"].sort()
         return {
             "builder": self.builder,

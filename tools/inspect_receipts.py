@@ -6,6 +6,7 @@ Numbers are the compiler's own, read when the plans were built; no plan is loade
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ from reelforge.tools import console
 
 COMPUTING_KINDS = ("gemm", "attention", "convolution")
 """Kinds of layers whose precision matters, and is shown."""
+
+_SHORT = {"BFloat16": "BF16", "Half": "FP16", "Float": "FP32", "Int8": "INT8", "Int32": "INT32", "Int64": "INT64"}
+"""What compilers call types, and what everybody else does; a word that is not here is shown as it is."""
 
 _REBUILD = "copy the bundle again, or rebuild it with build-engine"
 
@@ -63,7 +67,8 @@ def read_receipts(bundle: Bundle) -> tuple[PlanReceipt, ...]:
                     )
             receipt = _read_receipt(bundle, plan.receipt)
             digest = files[plan.path].sha256 or ""
-            if (receipt.stage, receipt.plan_sha256) != (stage.name, digest):
+            names = (stage.name, f"{stage.name}.{plan.part}")  # a part is a stage of its own to the compiler
+            if receipt.stage not in names or receipt.plan_sha256 != digest:
                 raise BundleError(
                     f"receipt {plan.receipt!r} of bundle {bundle.name!r} describes another plan.",
                     received=f"stage {receipt.stage!r}, sha256 {receipt.plan_sha256}",
@@ -129,7 +134,7 @@ def layer_counts(receipts: Iterable[Receipt]) -> dict[str, dict[str, int]]:
 
 def precision_of(layer: LayerRecord) -> str:
     """Return the type of a layer's first input, in which it computes."""
-    return layer.inputs[0] if layer.inputs else "none"
+    return _SHORT.get(layer.inputs[0], layer.inputs[0]) if layer.inputs else "none"
 
 
 def plan_json(item: PlanReceipt, layers: bool = False) -> dict[str, Any]:
@@ -217,8 +222,14 @@ def layer_table(item: PlanReceipt) -> Table:
     for index, layer in enumerate(item.receipt.layers):
         types = (Text("\n".join(words_of(names))) for names in (layer.inputs, layer.constants, layer.outputs))
         name = Text(layer.name.replace("+", "+\n"))  # what the compiler has merged, one to a line
-        table.add_row(str(index), layer.kind, *types, Text(layer.kernel), name)
+        table.add_row(str(index), layer.kind, *types, Text(_kernel(layer)), name)
     return table
+
+
+def _kernel(layer: LayerRecord) -> str:
+    """Return the kernel's name where the layer's kind and name do not tell it already."""
+    stem = re.sub(r"_0x[0-9a-f]+$", "", layer.kernel)
+    return "" if stem == layer.kind or layer.name.startswith(stem) else stem
 
 
 def slim_table(title: str) -> Table:
@@ -237,7 +248,7 @@ def slim_table(title: str) -> Table:
 def words_of(names: Sequence[str]) -> list[str]:
     """Shorten a list of types: ``FP8 x3`` for three of them in a row."""
     words: list[list[Any]] = []
-    for name in names:
+    for name in (_SHORT.get(each, each) for each in names):
         if words and words[-1][0] == name:
             words[-1][1] += 1
         else:

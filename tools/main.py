@@ -15,6 +15,7 @@ from reelforge.tools import console
 
 # name -> (where the click command is, what `reelforge --help` says about it)
 COMMANDS: dict[str, tuple[str, str]] = {
+    "cache": ("reelforge.tools.cache:cache", "Show the cache of compiled plans, or make room in it."),
     "calibrate": ("reelforge.tools.calibrate:calibrate", "Find the scales for layers in 8 bits."),
     "generate": ("reelforge.tools.generate:generate", "Generate a video from a prompt."),
     "inspect": ("reelforge.tools.inspect_bundle:inspect", "Show what a bundle contains and where it came from."),

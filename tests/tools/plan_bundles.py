@@ -40,13 +40,13 @@ class Part:
     build_seconds: float = 12.5
 
 
-def gemm(node: str, precision: str = "FP8", out: str = "BF16") -> LayerRecord:
+def gemm(node: str, precision: str = "FP8", out: str = "BFloat16") -> LayerRecord:
     return LayerRecord(f"{node}/MatMul+{node}/Add_myl0_1", "gemm", "gemm", (precision,), (out,), (precision,), (node,))
 
 
 def attention(node: str, precision: str = "FP8") -> LayerRecord:
     kernel = "_gemm_mha_v2"
-    return LayerRecord(f"{kernel}_{node}", "attention", kernel, (precision,) * 3, ("BF16",), (), (node,))
+    return LayerRecord(f"{kernel}_{node}", "attention", kernel, (precision,) * 3, ("BFloat16",), (), (node,))
 
 
 def other(kind: str, name: str = "x", *types: str) -> LayerRecord:
@@ -128,12 +128,13 @@ def _write_plans(
     for group, parts in groups.items():
         architectures = tuple(group.split("+"))
         for number, part in enumerate(parts):
-            name = ".".join([entry.name, *([str(number)] if len(parts) > 1 else []), "-".join(architectures), "plan"])
+            stage = f"{entry.name}.{number}" if len(parts) > 1 else entry.name
+            name = f"{stage}.{group}.plan"
             data = part.data + name.encode()
             writer.add_bytes(f"plans/{name}", data)
             receipt = Receipt(
                 RECEIPT_VERSION,
-                entry.name,
+                stage,
                 hashlib.sha256(data).hexdigest(),
                 len(data),
                 BACKEND,

@@ -15,7 +15,14 @@ from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.errors import BundleError, RequestError
 from reelforge.runtime.manifest import ProfileEntry
 from reelforge.runtime.recipe import Precision
-from reelforge.tools.inspect_receipts import architectures_text, layer_counts, precisions_text, read_receipts, words_of
+from reelforge.tools.inspect_receipts import (
+    _kernel,
+    architectures_text,
+    layer_counts,
+    precisions_text,
+    read_receipts,
+    words_of,
+)
 from reelforge.tools.main import cli
 from tests.tools.plan_bundles import Part, Written, dit_layers, other, write_plan_bundle
 
@@ -110,12 +117,13 @@ def test_every_layer(folder: Path) -> None:
         "dit.1 for sm80+sm86: 7 layers",
     ]
     first = rows(result.output, "dit for")
-    assert first[1] == ["1", "gemm", "FP8", "FP8", "BF16", "gemm", "double.0.image.q/MatMul+"]
+    assert first[1] == ["1", "gemm", "FP8", "FP8", "BF16", "double.0.image.q/MatMul+"]
     assert first[2] == ["double.0.image.q/Add_myl0_1"]
-    assert ["4", "attention", "FP8", "x3", "BF16", "_gemm_mha_v2", "_gemm_mha_v2_double.0.attention"] in first
+    assert ["4", "attention", "FP8", "x3", "BF16", "_gemm_mha_v2_double.0.attention"] in first
 
 
 def test_every_layer_for_machines(folder: Path) -> None:
+    """In the compiler's own words, which the tables shorten."""
     value = json.loads(run(folder, "--layers", "dit", "--json").output)
     assert (value["bundle"], value["stage"]) == (str(folder), "dit")
     assert [len(plan["layers"]) for plan in value["plans"]] == [14, 7, 7]
@@ -124,7 +132,7 @@ def test_every_layer_for_machines(folder: Path) -> None:
         "kind": "attention",
         "kernel": "_gemm_mha_v2",
         "inputs": ["FP8", "FP8", "FP8"],
-        "outputs": ["BF16"],
+        "outputs": ["BFloat16"],
         "constants": [],
         "nodes": ["double.0.attention"],
     }
@@ -138,7 +146,7 @@ def test_receipts_for_machines(folder: Path) -> None:
     assert "layers" not in plan
     assert plan == {
         "stage": "dit",
-        "path": "plans/dit.sm89-sm120.plan",
+        "path": "plans/dit.sm89+sm120.plan",
         "sha256": plan["sha256"],
         "architectures": ["sm89", "sm120"],
         "part": 0,
@@ -199,7 +207,7 @@ def test_an_unknown_amount_of_memory(tmp_path: Path) -> None:
 
 # Receipts that cannot be believed. A full check finds altered bytes first, so these are checked by size only.
 
-RECEIPT = "receipts/dit.sm89-sm120.plan.json"
+RECEIPT = "receipts/dit.sm89+sm120.plan.json"
 
 
 def edit(bundle: Path, change: Callable[[Any], object]) -> None:
@@ -247,7 +255,7 @@ def test_receipts_that_cannot_be_believed(tmp_path: Path, damage: Callable[[Path
             assert part in str(error), str(error)
 
 
-@pytest.mark.parametrize("path", [RECEIPT, "plans/dit.sm89-sm120.plan"])
+@pytest.mark.parametrize("path", [RECEIPT, "plans/dit.sm89+sm120.plan"])
 def test_files_that_the_manifest_does_not_list(tmp_path: Path, path: str) -> None:
     """Nothing outside of what the manifest lists, and therefore outside of the folder, is read."""
     write_plan_bundle(tmp_path / "b", RTX)
@@ -277,3 +285,11 @@ def test_words() -> None:
     assert architectures_text(("sm80", "sm86", "sm89")) == "sm80+sm86+\nsm89"
     assert words_of(["FP8", "FP8", "BF16", "FP8"]) == ["FP8 x2", "BF16", "FP8"]
     assert words_of([]) == []
+    assert words_of(["BFloat16", "Float", "Half", "Bool"]) == ["BF16", "FP32", "FP16", "Bool"]
+
+
+def test_kernels_that_say_nothing_new_are_left_out() -> None:
+    layer = other("other")
+    merged = replace(layer, name="__myl_MulCast_myl0_1", kernel="__myl_MulCast_0x6ec415f3bd3c6ae0856fc06399a684dc")
+    told = replace(layer, name="fc_myl0_2", kernel="sm80_xmma_gemm_0x12ef")
+    assert [_kernel(each) for each in (layer, merged, told)] == ["", "", "sm80_xmma_gemm"]
