@@ -97,12 +97,16 @@ class TensorRtEngine:
         for name, info in self._tensors.items():
             if name not in addresses:
                 addresses[name] = self._buffer(name, math.prod(shapes[name]) * ITEM_BYTES[info.dtype])
-        # The largest need first, so that the arena does not grow after a part has been told where it is.
-        need = max(part.activation_bytes() for part in self.parts)
-        self.session.arena.reserve(need, f"the activations of stage {self.name!r}")
-        for part in self.parts:
-            part.bind(addresses)
+        self.tell(addresses)
         return addresses
+
+    def tell(self, addresses: Mapping[str, int]) -> None:
+        """Tell all parts where tensors and arena are."""
+        # The largest need at once, so that the arena does not grow after a part has been told where it is.
+        need = max(part.activation_bytes() for part in self.parts)
+        activations = self.session.arena.reserve(need, f"the activations of stage {self.name!r}")
+        for part in self.parts:
+            part.bind(addresses, activations)
 
     def end_loop(self, loop: TensorRtLoop) -> None:
         """Forget a loop that is closed."""

@@ -146,7 +146,6 @@ class TensorRtLoop:
         if self._graph is not None:
             self._graph.close()
             self._graph = None
-        for part in self._engine.parts:
-            part.bind(self._addresses)
+        self._engine.tell(self._addresses)
         self._generation = self._session.arena.generation
         self._launched = 0

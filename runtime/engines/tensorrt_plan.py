@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from reelforge.runtime.cuda.driver import DeviceInfo
+from reelforge.runtime.cuda.memory import DeviceBuffer
 from reelforge.runtime.engines.device_session import DeviceSession
 from reelforge.runtime.engines.tensorrt_library import DATA_TYPES, MODULES, CudaEngine, ExecutionContext
 from reelforge.runtime.errors import EngineError
@@ -147,16 +148,15 @@ class LoadedPlan:
         assert self._profile is not None, "activation_bytes before prepare"
         return int(self._engine.get_device_memory_size_for_profile_v2(self._profile))
 
-    def bind(self, addresses: Mapping[str, int]) -> None:
-        """Say where the tensors are and take the arena, which is as large as :meth:`activation_bytes` already."""
+    def bind(self, addresses: Mapping[str, int], activations: DeviceBuffer) -> None:
+        """Say where the tensors are, and ``activations``, at least :meth:`activation_bytes` of them."""
         for info in (*self.plan.inputs, *self.plan.outputs):
             self._require(
                 self._opened().set_tensor_address(info.name, addresses[info.name]), f"take the address {info.name}"
             )
-        need = self.activation_bytes()
-        block = self._session.arena.reserve(need, f"the activations of {self.what}")
-        if self._memory != (block.address, block.size_bytes):
-            self._memory = (block.address, block.size_bytes)
+        memory = (activations.address, activations.size_bytes)
+        if self._memory != memory:
+            self._memory = memory
             self._opened().set_device_memory(*self._memory)
 
     def enqueue(self) -> None:

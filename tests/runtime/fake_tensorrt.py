@@ -342,7 +342,9 @@ def add_plans(
                 label = f"{stage.name}.{index}" if len(pieces) > 1 else stage.name
                 path = f"plans/{label}.{'+'.join(group)}.plan"
                 names = {size for info in piece.inputs for size in info.shape if isinstance(size, str)}
-                default = [ProfileEntry("default", dict.fromkeys(sorted(names), WIDE), 1000 * (number + 1) + index)]
+                default = [
+                    ProfileEntry("default", dict.fromkeys(sorted(names), WIDE), 1000 * (number + 1) + 700 * index)
+                ]
                 plan = PlanEntry(
                     path, f"receipts/{label}.json", group, index, len(pieces), piece.inputs, piece.outputs,
                     tuple((profiles or {}).get(stage.name, default)), 4096, f"{module.__name__} {module.__version__}",
