@@ -7,7 +7,7 @@ device. The module does not know which stage it runs, but that a loop's stage ha
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from contextlib import ExitStack
 
 import numpy as np
@@ -34,6 +34,7 @@ class TensorRtEngine:
         self.parts = parts
         self._capture = capture
         self._tensors = {info.name: info for part in parts for info in (*part.plan.inputs, *part.plan.outputs)}
+        self._places = share_places(parts, {*self.inputs, *self.outputs})
         self._buffers: dict[str, DeviceBuffer] = {}
         self._loop: TensorRtLoop | None = None
         self._closed = False
@@ -93,10 +94,14 @@ class TensorRtEngine:
             shapes: From :meth:`prepare`.
             elsewhere: Addresses of tensors that have a place already.
         """
-        addresses = dict(elsewhere)
+        sizes: dict[str, int] = {}
         for name, info in self._tensors.items():
-            if name not in addresses:
-                addresses[name] = self._buffer(name, math.prod(shapes[name]) * ITEM_BYTES[info.dtype])
+            place = self._places.get(name, name)
+            if name not in elsewhere:
+                sizes[place] = max(sizes.get(place, 0), math.prod(shapes[name]) * ITEM_BYTES[info.dtype])
+        bases = {place: self._buffer(place, size_bytes) for place, size_bytes in sizes.items()}
+        addresses = {name: bases[self._places.get(name, name)] for name in self._tensors if name not in elsewhere}
+        addresses.update(elsewhere)
         self.tell(addresses)
         return addresses
 
@@ -135,7 +140,7 @@ class TensorRtEngine:
             if buffer is not None:
                 self._buffers.pop(name).close()
             self._buffers[name] = buffer = DeviceBuffer(
-                self.session.cuda, size_bytes, f"tensor {name!r} of stage {self.name!r}"
+                self.session.cuda, size_bytes, f"{name!r} of stage {self.name!r}"
             )
         return buffer.address
 
@@ -176,6 +181,26 @@ def engine_from_plans(
         engine = TensorRtEngine(session, entry, tuple(parts), (options or EngineOptions()).cuda_graph)
         undo.pop_all()
     return engine
+
+
+def share_places(parts: Sequence[LoadedPlan], own: Set[str]) -> dict[str, str]:
+    """Return the places of tensors that only pass between parts; those that are not needed at once share one.
+
+    Of a diffusion transformer such a tensor is the whole stream of tokens, gigabytes at full size.
+
+    Args:
+        parts: Of the stage, in order.
+        own: Tensors of the stage itself, which keep their own places.
+    """
+    last = {info.name: index for index, part in enumerate(parts) for info in part.plan.inputs}
+    free_after: list[int] = []  # per place: the last part that reads it
+    places = {}
+    for index, part in enumerate(parts):
+        for name in (info.name for info in part.plan.outputs if info.name not in own):
+            number = next((place for place, end in enumerate(free_after) if end < index), len(free_after))
+            free_after[number : number + 1] = [last.get(name, index)]
+            places[name] = f"passing tensor {number}"
+    return places
 
 
 def _check_chain(entry: StageEntry, parts: list[tuple[tuple[TensorInfo, ...], tuple[TensorInfo, ...]]]) -> None:

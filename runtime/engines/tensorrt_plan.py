@@ -124,8 +124,6 @@ class LoadedPlan:
                 self._opened().set_optimization_profile_async(profile, self._session.stream),
                 f"choose profile {profile}",
             )
-            # Another stream may not use the context before the switch is done, and a graph may not record it.
-            self._session.cuda.synchronize(self._session.stream)
             self._profile = profile
         for info in self.plan.inputs:
             shape = shapes[info.name]

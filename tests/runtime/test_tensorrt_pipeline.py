@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,6 +16,7 @@ import pytest
 from reelforge.runtime import Pipeline, Request
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.engines.engine import EngineOptions
+from reelforge.runtime.engines.tensorrt_engine import TensorRtEngine
 from reelforge.runtime.errors import EngineError
 from reelforge.runtime.manifest import TensorInfo
 from reelforge.runtime.recipe import Backend
@@ -114,6 +116,37 @@ def test_a_generation_equals_the_cpus(
         # The first step runs as it is, the second is recorded, and all that follow replay it.
         assert made.library.enqueued.count(f"plans/dit.{label}.plan") == (2 if cuda_graph else 5)
         np.testing.assert_array_equal(pipeline.generate(REQUEST), expected)
+    made.require_nothing_left()
+
+
+def test_tensors_between_parts_share_places(machine: Callable[..., Machine], expected: np.ndarray) -> None:
+    first, second, third = dit_in_three_parts(machine().bundle.path)
+    scaled = first.outputs[0]
+    between = [replace(scaled, name=f"scaled{number}") for number in range(4)]
+
+    def copy(source: TensorInfo, target: TensorInfo) -> Part:
+        values = [onnx.helper.make_tensor_value_info(i.name, onnx.TensorProto.FLOAT, i.shape) for i in (source, target)]
+        node = onnx.helper.make_node("Identity", [source.name], [target.name])
+        model = onnx.helper.make_model(
+            onnx.helper.make_graph([node], "copy", values[:1], values[1:]),
+            opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9,
+        )  # fmt: skip
+        return Part(model.SerializeToString(), (source,), (target,))
+
+    chain = [scaled, *between, replace(scaled, name="scaled_again")]
+    copies = [copy(source, target) for source, target in itertools.pairwise(chain)]
+    renamed = onnx.load_from_string(second.graph)
+    renamed.graph.input[0].name = "scaled_again"
+    for node in renamed.graph.node:
+        node.input[:] = ["scaled_again" if name == "scaled" else name for name in node.input]
+    last = Part(renamed.SerializeToString(), (chain[-1], *second.inputs[1:]), second.outputs)
+    made = machine(dit=[first, *copies, last, third])
+    with made.pipeline() as pipeline:
+        np.testing.assert_array_equal(pipeline.generate(REQUEST), expected)
+        with pipeline.engine("dit") as engine:
+            assert isinstance(engine, TensorRtEngine)
+            assert list(engine._places) == [info.name for info in chain]
+            assert len(set(engine._places.values())) == 2
     made.require_nothing_left()
 
 
