@@ -79,11 +79,12 @@ def check_header(path: Path, *, backend: Backend, version: str, architecture: st
         )
     served = plan_architectures(header)
     if architecture not in served:
+        both = [name for name in _BITS if name in (*served, architecture)]
         raise EngineError(
             f"{path.name} was not compiled for this GPU.",
             received=f"a plan for {', '.join(served) or 'unknown architectures'}",
             expected=architecture,
-            fix=f"rebuild the bundle with --target rtx:{'+'.join([*served, architecture])}",
+            fix=f"rebuild the bundle with --target rtx:{'+'.join(both)}",
         )
 
 

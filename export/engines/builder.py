@@ -12,6 +12,7 @@ An attention that no kernel covers (head dim 512) is refused unless it is marked
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,22 @@ def build_plan(
     """
     names = read_graph_names(Path(request.graph), request.target.backend)
     check_expected(names, request.expected)
+    try:
+        return _compile(module, request, names, on_message, on_step)
+    except BaseException as error:
+        # A traceback keeps its frames' variables alive. The library takes a lock when a builder is destroyed, and while
+        # it calls us back: a collection of garbage in there that found an earlier builder would wait for ever.
+        traceback.clear_frames(error.__traceback__)
+        raise
+
+
+def _compile(
+    module: Module,
+    request: PlanRequest,
+    names: GraphNames,
+    on_message: Callable[[Message], None],
+    on_step: Callable[[str, int, int], None],
+) -> BuiltPlan:
     kept: list[Message] = []
     errors: list[str] = []
 
@@ -86,7 +103,7 @@ def build_plan(
     network = builder.create_network(_network_flags(module))
     parser = module.OnnxParser(network, logger)
     if not parser.parse_from_file(request.graph):
-        said = [str(parser.get_error(index).desc()) for index in range(parser.num_errors)]
+        said = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
         raise _compiler_error(request, "parse", said or errors)
     constants = _mark_attentions(module, network, request, names)
     config = builder.create_builder_config()
@@ -101,15 +118,14 @@ def build_plan(
         stream = make_writer(module, writer.write)
         done = builder.build_serialized_network_to_stream(network, config, stream)
         seconds = time.monotonic() - started
+        writer.raise_failure()
         if not done or writer.bytes == 0:
-            writer.raise_failure()
             raise _compiler_error(request, "compile", errors)
-        information = read_log(kept, names.by_node())
     except BaseException:
         writer.discard()
         raise
     del constants, monitor  # the compiler reads these arrays and calls this object until here
-    return BuiltPlan(writer, information, names.stored_bytes, seconds)
+    return BuiltPlan(writer, read_log(kept, names.by_node()), names.stored_bytes, seconds)
 
 
 def _network_flags(module: Module) -> int:
@@ -171,6 +187,10 @@ def _mark_attentions(module: Module, network: Any, request: PlanRequest, names: 
         if attention.name in decomposed:
             attention.decomposable = True
     return arrays
+
+
+def _parser_error(error: Any) -> str:
+    return f"{error.node_operator()} {error.node_name()}: {error.desc()}"
 
 
 def _compiler_error(request: PlanRequest, verb: str, messages: Sequence[str]) -> BuildError:
