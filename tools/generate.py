@@ -49,6 +49,12 @@ _PHASES = ("text", "conditioning", "sampling", "decoding")
 @click.option("--guidance", type=float, help="Embedded guidance scale.  [default: the model's]")
 @click.option("--shift", type=float, help="Shift of the noise schedule.  [default: the model's]")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads per operator.  [default: one per core]")
+@click.option("--device", type=click.IntRange(min=0), default=0, help="Number of the GPU.  [default: 0]")
+@click.option(
+    "--provider",
+    type=click.Choice(["cuda", "tensorrt", "rtx"]),
+    help="What ONNX Runtime computes with, for bundles of --target cuda.  [default: cuda]",
+)
 @click.option(
     "--save-latents",
     type=click.Path(path_type=Path),
@@ -75,6 +81,8 @@ def generate(
     guidance: float | None,
     shift: float | None,
     threads: int | None,
+    device: int,
+    provider: str | None,
     save_latents: Path | None,
     check: str,
     as_json: bool,
@@ -94,7 +102,8 @@ def generate(
     request = Request(_prompt(prompt, prompt_file), height, width, frames, steps, seed, guidance, shift)
     started = time.monotonic()
     with _bars(hidden=as_json) as bars:
-        pipeline = Pipeline(_open(bundle, Check(check), bars), EngineOptions(threads=threads))
+        options = EngineOptions(threads=threads, device=device, provider=provider)
+        pipeline = Pipeline(_open(bundle, Check(check), bars), options)
         resolved = pipeline.resolve(request)
         if save_latents is not None:
             _require_writable(save_latents)
@@ -106,7 +115,7 @@ def generate(
         def show(step: Step) -> None:
             bars.update(tasks[step.phase], completed=step.done, total=step.total, visible=True)
 
-        with VideoWriter(output, shape.height, shape.width, shape.frames, rate) as video:
+        with pipeline, VideoWriter(output, shape.height, shape.width, shape.frames, rate) as video:
             for batch in pipeline.stream(request, show, save_latents=save_latents, on_notice=notices.append):
                 video.write(to_uint8(batch))
     seconds = time.monotonic() - started
