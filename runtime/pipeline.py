@@ -9,7 +9,6 @@ Letters: ``C`` channels, ``T`` ``H`` ``W`` latent frames, rows and columns, ``L`
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -25,7 +24,8 @@ from reelforge.runtime.conditioning import guidance_value, rope_tables, sinusoid
 from reelforge.runtime.engines.device_session import DeviceSession, open_session
 from reelforge.runtime.engines.engine import Array, Engine, EngineOptions
 from reelforge.runtime.engines.load import load_engine
-from reelforge.runtime.errors import EngineError, OutputError, RequestError
+from reelforge.runtime.errors import EngineError, RequestError
+from reelforge.runtime.latents_file import write_latents
 from reelforge.runtime.noise import gaussian_noise
 from reelforge.runtime.recipe import VideoShape
 from reelforge.runtime.request import Request, ResolvedRequest, resolve_request
@@ -372,28 +372,6 @@ def to_uint8(frames: FloatArray) -> NDArray[np.uint8]:
     """Return frames in [0, 1] as uint8, rounded to nearest."""
     rounded: NDArray[np.uint8] = np.rint(frames * np.float32(255)).astype(np.uint8)
     return rounded
-
-
-def write_latents(path: Path, latents: FloatArray) -> None:
-    """Write latents as ``.npy``: complete, or not at all.
-
-    Raises:
-        OutputError: If the file cannot be written.
-    """
-    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
-    try:
-        try:
-            with partial.open("wb") as file:
-                np.save(file, latents, allow_pickle=False)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"the latents cannot be written to {str(path)!r}: {error.strerror or error}.",
-            expected="a file in a folder that this user may write",
-            fix="choose another path with --save-latents",
-        ) from error
 
 
 def _ignore(progress: Progress) -> None:
