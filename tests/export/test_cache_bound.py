@@ -45,7 +45,7 @@ class CacheModel(RuleBasedStateMachine):
         entry = next(each for each in self.store.entries() if each.key == key)
         return entry.bytes - size
 
-    @rule(key=st.sampled_from(KEYS), size=st.integers(0, LIMIT))
+    @rule(key=st.sampled_from(KEYS), size=st.integers(0, LIMIT // 3) | st.integers(0, LIMIT))
     def keep(self, key: str, size: int) -> None:
         if key in self.model:
             return
@@ -82,7 +82,7 @@ class CacheModel(RuleBasedStateMachine):
         receipt.write_text("?" * receipt.stat().st_size)
         self.damaged.add(key)
 
-    @rule(limit=st.integers(0, LIMIT))
+    @rule(limit=st.integers(LIMIT // 3, LIMIT))
     def trim(self, limit: int) -> None:
         assert self.store.trim(limit)
         self.room(limit)
@@ -102,3 +102,12 @@ class CacheModel(RuleBasedStateMachine):
 
 TestCacheModel = CacheModel.TestCase
 TestCacheModel.settings = settings(max_examples=15, stateful_step_count=25, deadline=None)
+
+
+def test_a_plan_that_is_taken_outlives_one_that_is_newer(tmp_path: Path) -> None:
+    store = EntryStore(tmp_path / "cache", LIMIT, Clock())
+    for key in "abc":
+        keep(store, key, 800, tmp_path)
+    assert take(store, "a", tmp_path) == content_of("a", 800)
+    keep(store, "d", 800, tmp_path)
+    assert [entry.key for entry in store.entries()] == ["c", "a", "d"]

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -215,6 +216,7 @@ def test_a_fault_while_keeping(
                 pass
             else:
                 assert calls < wanted or step == "rmtree"  # rmtree ignores it where nothing depends on it
+        assert step == "rmtree" or not list((folder / "plans").glob("*.partial"))
         keys = [entry.key for entry in store.entries()]
         assert keys in (["old"], ["new"], [])
         if "new" in keys:
@@ -288,6 +290,41 @@ def test_one_at_a_time(tmp_path: Path) -> None:
         thread.join()
     assert (most, total) == (1, 360)
     assert not path.exists()
+
+
+def test_who_has_waited_holds_a_lock_that_others_see(tmp_path: Path) -> None:
+    """The file that it waited on is removed by then: it must hold the lock of the one that is there instead."""
+    path = tmp_path / "lock"
+    waiting, entered, leave = threading.Event(), threading.Event(), threading.Event()
+
+    def wait() -> None:
+        with file_lock(path, waiting.set):
+            entered.set()
+            leave.wait(20)
+
+    thread = threading.Thread(target=wait)
+    with file_lock(path):
+        thread.start()
+        assert waiting.wait(20)
+        time.sleep(0.05)  # it waits for the system now
+    assert entered.wait(20)
+    with cache_store._unused(path) as unused:
+        assert not unused
+    leave.set()
+    thread.join()
+    assert not path.exists()
+
+
+def test_room_is_made_by_one_at_a_time(store: EntryStore, folder: Path, work: Path) -> None:
+    thread = threading.Thread(target=keep, args=(store, "a", 10, work))
+    with file_lock(folder / "locks" / "space.lock"):
+        thread.start()
+        while not (folder / "plans" / "a.partial" / "entry.json").exists():
+            time.sleep(0.001)
+        time.sleep(0.1)
+        assert store.entries() == []
+    thread.join()
+    assert [entry.key for entry in store.entries()] == ["a"]
 
 
 def test_waiting_is_told_once(tmp_path: Path) -> None:
