@@ -14,14 +14,13 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reelforge.runtime.bundle.open import Bundle, Check
 from reelforge.runtime.conditioning import guidance_value, rope_tables, sinusoids
-from reelforge.runtime.engines.device_session import DeviceSession, open_session
 from reelforge.runtime.engines.engine import Array, Engine, EngineOptions
 from reelforge.runtime.engines.load import load_engine
 from reelforge.runtime.errors import EngineError, RequestError
@@ -33,6 +32,9 @@ from reelforge.runtime.sampling import sample
 from reelforge.runtime.schedule import flow_match_sigmas, sigma_steps, timesteps
 from reelforge.runtime.tiling import decode_tiled, plan_tiles
 from reelforge.runtime.tokenize import clip_tokens, llm_tokens
+
+if TYPE_CHECKING:
+    from reelforge.runtime.engines.device_session import DeviceSession
 
 FloatArray = NDArray[np.float32]
 
@@ -364,6 +366,8 @@ class Pipeline:
     def _device(self) -> DeviceSession:
         """Return the GPU's session, which all stages share."""
         if self._session is None:
+            from reelforge.runtime.engines.device_session import open_session
+
             self._session = open_session(self.bundle.manifest.target.backend, self.options.device)
         return self._session
 

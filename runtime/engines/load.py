@@ -1,17 +1,21 @@
-"""Which class loads a stage: the bundle's backend decides, and settings that mean nothing to it are refused."""
+"""Which class loads a stage: the bundle's backend decides, and settings that mean nothing to it are refused.
+
+Modules for a GPU are imported when a bundle needs one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from reelforge.runtime.bundle.open import Bundle
-from reelforge.runtime.engines.device_session import DeviceSession
 from reelforge.runtime.engines.engine import Engine, EngineOptions
 from reelforge.runtime.engines.onnxruntime_engine import engine_from_onnx
 from reelforge.runtime.engines.onnxruntime_providers import gpu_provider
-from reelforge.runtime.engines.tensorrt_engine import engine_from_plans
-from reelforge.runtime.engines.tensorrt_library import PRODUCTS
 from reelforge.runtime.recipe import Backend
+
+if TYPE_CHECKING:
+    from reelforge.runtime.engines.device_session import DeviceSession
 
 
 def load_engine(bundle: Bundle, stage: str, options: EngineOptions, session: Callable[[], DeviceSession]) -> Engine:
@@ -29,6 +33,9 @@ def load_engine(bundle: Bundle, stage: str, options: EngineOptions, session: Cal
     """
     backend = bundle.manifest.target.backend
     if backend.has_plans:
+        from reelforge.runtime.engines.tensorrt_engine import engine_from_plans
+        from reelforge.runtime.engines.tensorrt_library import PRODUCTS
+
         options.refuse(PRODUCTS[backend], "threads", "spinning", "graph_optimization", "provider")
         return engine_from_plans(session(), bundle, stage, options)
     entry = bundle.stage(stage)

@@ -45,6 +45,7 @@ def test_importing_the_package_is_light() -> None:
         print(*(name for name in ("numpy", "onnxruntime", "av", "tokenizers") if name in sys.modules))
         import reelforge.runtime.pipeline, reelforge.runtime.engines.onnxruntime_engine
         print(*(name for name in ("onnxruntime", "av") if name in sys.modules))
+        print(*(name for name in sys.modules if "tensorrt" in name or "cuda" in name))
     """
     assert run(script).split() == []
 
