@@ -46,6 +46,8 @@ $(STAMP): pyproject.toml constraints.txt
 		exit 1; fi
 	"$(PYTHON)" -m venv "$(VENV)"
 	"$(BIN)/python" -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
+	@# Alone: what it depends on is TensorRT itself, of which the tests only read the names.
+	"$(BIN)/python" -m pip install --disable-pip-version-check --quiet --no-deps 'tensorrt-stubs==10.13.0.35.1'
 	@touch "$@"
 
 demo: $(STAMP) ## Build the INT8 demo bundle; generate out/demo.mp4 and the contact sheet out/demo.png

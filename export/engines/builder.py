@@ -22,7 +22,7 @@ import numpy as np
 
 from reelforge.export.engines.graph_names import GraphNames, check_expected, read_graph_names
 from reelforge.export.engines.layer_information import PlanInformation, read_log, worth_keeping
-from reelforge.export.engines.module import Message, Module, make_logger, make_monitor, make_writer
+from reelforge.export.engines.module import Message, Module, backend_name, make_logger, make_monitor, make_writer
 from reelforge.export.engines.plan_inputs import input_shapes
 from reelforge.export.engines.plan_writer import PlanWriter
 from reelforge.export.engines.request import PlanRequest
@@ -172,6 +172,13 @@ def _mark_attentions(module: Module, network: Any, request: PlanRequest, names: 
     arrays: list[Any] = []
     if not eight_bits | decomposed:
         return arrays
+    if not hasattr(module, "IAttentionInputLayer"):
+        raise BuildError(
+            "this version of the compiler has no attention, and the recipe says how attentions are computed.",
+            received=backend_name(module),
+            expected="TensorRT-RTX 1.7, or TensorRT 10.14, or newer",
+            fix="upgrade it, or compute attention in fp16 or bf16",
+        )
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         if layer.type != module.LayerType.ATTENTION_INPUT:

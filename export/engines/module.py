@@ -19,7 +19,7 @@ Module = Any
 """``tensorrt`` or ``tensorrt_rtx``."""
 
 _NAMES = {Backend.RTX: ("tensorrt_rtx", "rtx"), Backend.TRT: ("tensorrt", "tensorrt")}
-_NEEDED = ("IStreamWriter", "OnnxParser", "Builder", "IAttention")
+_NEEDED = ("IStreamWriter", "OnnxParser", "Builder")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def load_module(backend: Backend) -> Module:
         raise BuildError(
             f"this version of {name} is too old.",
             received=f"{backend_name(module)} without {', '.join(missing)}",
-            expected="TensorRT-RTX 1.7, or TensorRT 10.14, or newer",
+            expected="TensorRT-RTX 1.7, or TensorRT 10.13, or newer",
             fix=f"pip install --upgrade reelforge[{extra}]",
         )
     return module

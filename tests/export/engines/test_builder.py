@@ -109,6 +109,23 @@ def test_attention_that_no_kernel_covers(tmp_path: Path, rtx: Any, kind: int, he
     assert sum(layer.kind == "gemm" for layer in layers) == 2
 
 
+def test_a_compiler_without_attention(tmp_path: Path, rtx: Any) -> None:
+    class Older:
+        """The module as it was before attention came."""
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "IAttentionInputLayer":
+                raise AttributeError(name)
+            return getattr(rtx, name)
+
+    older = Older()
+    older.__name__, older.__version__ = "tensorrt", "10.13.0"
+    graph = save_attention(tmp_path / "g.onnx", eight_bits=True)
+    with pytest.raises(BuildError, match="this version of the compiler has no attention") as caught:
+        build_plan(older, request_for(graph, "rtx:sm89", expect_attention(Precision.FP8), out=tmp_path))
+    assert "received: tensorrt 10.13.0" in str(caught.value)
+
+
 def test_the_parser_refuses(tmp_path: Path, rtx: Any) -> None:
     graph = save_linears(tmp_path / "g.onnx", domain="trt")
     with pytest.raises(BuildError, match="did not parse the graph of stage 'toy'") as caught:

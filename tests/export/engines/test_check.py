@@ -31,6 +31,11 @@ def test_as_promised() -> None:
     check_plan("dit", [(gemm("a", kind="convolution"),)], Expected(layers={"a": Precision.FP8}))
 
 
+def test_a_neighbour_that_names_a_layer_too() -> None:
+    # The bias of "a" or the scale of "c", fused to a product in another format.
+    check_plan("dit", [(*GOOD, gemm("a", "Half", "Half"), gemm("c", "Half", "Half"))], EXPECTED)
+
+
 @pytest.mark.parametrize(
     ("layers", "problem"),
     [
@@ -39,12 +44,14 @@ def test_as_promised() -> None:
         ((gemm("a", "Int8", "Int8"), *GOOD[1:]), "a: computed in Int8 x Int8, wanted fp8"),
         (GOOD[1:], "a: no product found, wanted fp8"),
         ((gemm("a", kind="other"), *GOOD[1:]), "a: no product found, wanted fp8"),
-        ((*GOOD, gemm("a", "Half", "Half")), "a: computed in Half x Half, wanted fp8"),
+        (
+            (gemm("a", "Half", "Half"), gemm("a", "FP8", "Half"), *GOOD[1:]),
+            "a: computed in Half x Half and FP8 x Half, wanted fp8",
+        ),
         ((*GOOD[:2], attention("c", "BFloat16")), "c: fused in BFloat16, BFloat16, BFloat16, wanted fp8"),
         ((*GOOD[:2], attention("c", "FP8", "Half")), "c: fused in FP8, FP8, Half, wanted fp8"),
         (GOOD[:2], "c: not fused: 0 attention kernels and 0 products"),
         ((*GOOD[:2], gemm("c"), gemm("c")), "c: not fused: 0 attention kernels and 2 products"),
-        ((*GOOD, gemm("c")), "c: not fused: 1 attention kernels and 1 products"),
         ((*GOOD, attention("c")), "c: not fused: 2 attention kernels and 0 products"),
     ],
 )
