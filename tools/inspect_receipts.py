@@ -161,16 +161,16 @@ def plan_json(item: PlanReceipt, layers: bool = False) -> dict[str, Any]:
 def plan_table(receipts: Sequence[PlanReceipt]) -> Table:
     """Every plan in a row: what it computes in which precision, and what it weighs."""
     table = slim_table("plans")
-    for heading in ("plan", "for", "GEMMs", "attention", "conv."):
-        table.add_column(heading)
+    table.add_column("plan, for", no_wrap=True)
+    for heading in ("GEMMs", "atten-\ntion", "conv."):
+        table.add_column(heading, min_width=5, overflow="fold")
     for heading in ("reformat\n/cast", "layers", "weights", "plan", "built"):
         table.add_column(heading, justify="right", no_wrap=True)
     for index, item in enumerate(receipts):
         counts, receipt = layer_counts([item.receipt]), item.receipt
         moved = [sum(counts.get(kind, {}).values()) for kind in ("reformat", "cast")]
         table.add_row(
-            item.name,
-            architectures_text(item.plan.architectures),
+            f"{item.name}\n{architectures_text(item.plan.architectures)}",
             *(precisions_text(counts.get(kind, {})) for kind in COMPUTING_KINDS),
             f"{moved[0]}/{moved[1]}",
             str(len(receipt.layers)),
@@ -184,9 +184,8 @@ def plan_table(receipts: Sequence[PlanReceipt]) -> Table:
         totals = (sum(each.weight_bytes for each in every), sum(each.plan_bytes for each in every))
         seconds = sum(each.build_seconds for each in every)
         sizes = (console.format_bytes(size) for size in totals)
-        table.add_row(
-            "all", "", "", "", "", "", str(sum(len(each.layers) for each in every)), *sizes, f"{seconds:.1f} s"
-        )
+        layers = sum(len(each.layers) for each in every)
+        table.add_row("all", "", "", "", "", str(layers), *sizes, f"{seconds:.1f} s")
     return table
 
 

@@ -70,12 +70,14 @@ def test_a_row_for_every_plan(folder: Path) -> None:
     result = run(folder)
     assert result.exit_code == 0, result.output
     assert rows(result.output, "\nplans") == [
-        ["dit", "sm89+sm120", "6", "FP8", "2", "FP8", "-", "1/2", "14", "12.6", "GB", "919", "B", "286.4", "s"],
-        ["1", "BF16"],
-        ["dit.0", "sm80+sm86", "3", "INT8", "1", "BF16", "-", "1/1", "7", "6.0", "GB", "21", "B", "100.0", "s"],
-        ["dit.1", "sm80+sm86", "3", "INT8", "1", "BF16", "-", "0/1", "7", "6.5", "GB", "21", "B", "110.0", "s"],
-        ["1", "BF16"],
-        ["vae_decoder", "sm89+sm120", "-", "-", "3", "BF16", "0/0", "3", "290.0", "MB", "28", "B", "12.5", "s"],
+        ["dit", "6", "FP8", "2", "FP8", "-", "1/2", "14", "12.6", "GB", "919", "B", "286.4", "s"],
+        ["sm89+sm120", "1", "BF16"],
+        ["dit.0", "3", "INT8", "1", "BF16", "-", "1/1", "7", "6.0", "GB", "21", "B", "100.0", "s"],
+        ["sm80+sm86"],
+        ["dit.1", "3", "INT8", "1", "BF16", "-", "0/1", "7", "6.5", "GB", "21", "B", "110.0", "s"],
+        ["sm80+sm86", "1", "BF16"],
+        ["vae_decoder", "-", "-", "3", "BF16", "0/0", "3", "290.0", "MB", "28", "B", "12.5", "s"],
+        ["sm89+sm120"],
         ["all", "31", "25.3", "GB", "989", "B", "508.9", "s"],
     ]
     assert rows(result.output, "\nprofiles")[:4] == [
@@ -93,11 +95,18 @@ def test_no_line_is_wider_than_the_screen(folder: Path, columns: int) -> None:
         assert max(map(len, output.splitlines())) <= columns
 
 
+def test_at_eighty_columns_nothing_is_cut(folder: Path) -> None:
+    output = run(folder, columns=80).output
+    tables = output[output.index("\nplans") :]
+    assert "…" not in tables
+    assert "vae_decoder" in tables
+
+
 def test_at_a_hundred_columns_no_heading_is_cut(folder: Path) -> None:
     output = run(folder).output
     plans = output[output.index("\nplans") :].splitlines()
-    assert plans[2].split() == ["reformat"]
-    headings = "plan for GEMMs attention conv. /cast layers weights plan built"
+    assert plans[2].split() == ["atten-", "reformat"]
+    headings = "plan, for GEMMs tion conv. /cast layers weights plan built"
     assert plans[3].split() == headings.split()
     assert "…" not in "\n".join(plans[:15])
 
@@ -105,7 +114,7 @@ def test_at_a_hundred_columns_no_heading_is_cut(folder: Path) -> None:
 def test_one_plan_has_no_sum(tmp_path: Path) -> None:
     write_plan_bundle(tmp_path / "b", replace(RTX, plans={"vae_decoder": RTX.plans["vae_decoder"]}))
     output = run(tmp_path / "b").output
-    assert len(rows(output, "\nplans")) == 1
+    assert [row[0] for row in rows(output, "\nplans")] == ["vae_decoder", "sm89+sm120"]
 
 
 def test_every_layer(folder: Path) -> None:
