@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -13,21 +14,20 @@ from reelforge.runtime.recipe import QuantisationRecipe, Target, VideoShape, par
 from reelforge.tools import console
 from reelforge.tools.quantisation_options import parse_kept, precision_of, read_recipe
 
+if TYPE_CHECKING:
+    from reelforge.export.build_request import BuildRequest
+    from reelforge.export.planner.plan import PlanOptions
+
 _GB = 1e9
 
 
 @click.command(epilog=console.EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--target", default="cpu", show_default=True, help="cpu, cuda, rtx:sm89+sm120, trt:sm90, ...")
-@click.option("--precision", default="fp32", show_default=True, help="As for build-engine, e.g. fp16,dit=fp8.")
+@click.option("--precision", help="As for build-engine, e.g. dit=fp8; the target's usual precision if left out.")
 @click.option("--keep", multiple=True, metavar="STAGE=PATTERN", help="As for build-engine.")
 @click.option("--recipe", type=click.Path(path_type=Path), help="As for build-engine, instead of both.")
 @click.option("--attention", type=click.Choice(["fp8"]), help="Attention of dit in 8 bits.")
-@click.option(
-    "--high-precision",
-    type=click.Choice(["fp32", "bf16", "fp16"]),
-    help="Of what is not in 8 bits in a stage that is. By default fp32 on the CPU, fp16 on a GPU.",
-)
 @click.option("--shapes", default="", help="HEIGHTxWIDTHxFRAMES separated by commas; the model's default if left out.")
 @click.option("--stages", default="", help="Only these, separated by commas.")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Videos per call of dit.")
@@ -37,13 +37,6 @@ _GB = 1e9
 @click.option("--gpu", help="Name of a GPU, e.g. 'RTX 4090' or h100: whether it fits, and how long it takes.")
 @click.option("--steps", type=click.IntRange(1), help="Sampling steps; the model's default if left out.")
 @click.option(
-    "--partition",
-    multiple=True,
-    metavar="STAGE=N",
-    help="Cut a stage into N plans. By default as few as the memory for building asks for.",
-)
-@click.option("--stream", is_flag=True, help="Keep only one part of a cut dit on the GPU at a time.")
-@click.option(
     "--memory",
     type=click.FloatRange(0, min_open=True),
     help="GB of memory of the machine that builds; this machine's by default.",
@@ -52,11 +45,10 @@ _GB = 1e9
 def plan(
     checkpoint: Path,
     target: str,
-    precision: str,
+    precision: str | None,
     keep: tuple[str, ...],
     recipe: Path | None,
     attention: str | None,
-    high_precision: str | None,
     shapes: str,
     stages: str,
     batch: int,
@@ -65,8 +57,6 @@ def plan(
     scales: Path | None,
     gpu: str | None,
     steps: int | None,
-    partition: tuple[str, ...],
-    stream: bool,
     memory: float | None,
     as_json: bool,
 ) -> None:
@@ -78,30 +68,25 @@ def plan(
 
     \b
     Examples:
-      reelforge plan ckpts --target rtx:sm89 --precision fp16,dit=fp8 --attention fp8 --gpu "RTX 4090"
-      reelforge plan ckpts --target trt:sm90 --precision bf16 --shapes 720x1280x129,544x960x129 --gpu h100
+      reelforge plan ckpts --target rtx:sm89 --precision dit=fp8 --attention fp8 --gpu "RTX 4090"
+      reelforge plan ckpts --target trt:sm90 --shapes 720x1280x129,544x960x129 --gpu h100
     """  # noqa: D301 - \b is click's mark for text that it does not wrap
     parsed_target = Target.parse(target)
     parsed_shapes = tuple(VideoShape.parse(text) for text in shapes.split(",") if text.strip())
     from reelforge.export.build_request import BuildRequest, CalibrationRequest
     from reelforge.export.models.hunyuan_video.spec_from_checkpoint import Numerics
-    from reelforge.export.planner.checkpoint import plan_checkpoint
     from reelforge.export.planner.gpus import find_gpu
     from reelforge.export.planner.plan import PlanOptions
-    from reelforge.export.planner.refusals import require_fit
-    from reelforge.runtime.recipe import Backend, Precision
-    from reelforge.tools import plan_report
 
-    if recipe is not None and (keep or precision != "fp32"):
+    if recipe is not None and (keep or precision is not None):
         raise RequestError(
             "a recipe file is given together with --precision or --keep.",
-            received=" ".join([f"--recipe {recipe} --precision {precision}", *(f"--keep {text}" for text in keep)]),
+            received=" ".join([f"--recipe {recipe}", *([f"--precision {precision}"] if precision else []), *keep]),
             expected="one of them: the file says precisions and kept layers",
             fix="leave --precision and --keep out",
         )
-    stated = QuantisationRecipe(parse_precisions(precision), parse_kept(keep))
+    stated = QuantisationRecipe({} if precision is None else parse_precisions(precision), parse_kept(keep))
     chosen = stated if recipe is None else read_recipe(recipe)
-    usual = Precision.FP32 if parsed_target.backend is Backend.CPU else Precision.FP16
     request = BuildRequest(
         checkpoint=checkpoint,
         output=Path(),
@@ -109,7 +94,6 @@ def plan(
         precision=chosen.precision,
         kept=chosen.kept,
         attention=precision_of(attention),
-        high_precision=precision_of(high_precision) or usual,
         shapes=parsed_shapes,
         stages=tuple(name.strip() for name in stages.split(",") if name.strip()),
         batch=batch,
@@ -120,36 +104,33 @@ def plan(
     options = PlanOptions(
         gpu=None if gpu is None else find_gpu(gpu),
         steps=steps,
-        parts=parse_partition(partition),
         host_bytes=host_memory() if memory is None else int(memory * _GB),
-        streamed=stream,
     )
+    show_plan(request, options, as_json)
+
+
+def show_plan(request: BuildRequest, options: PlanOptions, as_json: bool) -> None:
+    """Plan a build and print it on stdout.
+
+    Args:
+        request: The build.
+        options: GPU, steps, memory of the machine.
+        as_json: Whether to print one JSON object instead of tables.
+
+    Raises:
+        BuildError: If the build or its videos do not fit; after printing.
+        ReelforgeError: For what the build would refuse, too.
+    """
+    from reelforge.export.planner.checkpoint import plan_checkpoint
+    from reelforge.export.planner.refusals import require_fit
+    from reelforge.tools import plan_report
+
     planned = plan_checkpoint(request, options)
     if as_json:
         click.echo(json.dumps(plan_report.as_json(planned)))
     else:
         plan_report.show(planned, Console())
     require_fit(planned.refusals)
-
-
-def parse_partition(texts: tuple[str, ...]) -> dict[str, int]:
-    """Read ``--partition STAGE=N``, given any number of times.
-
-    Raises:
-        RequestError: If one has another form.
-    """
-    parts: dict[str, int] = {}
-    for text in texts:
-        stage, _, count = (piece.strip() for piece in text.partition("="))
-        if not stage or not count.isdecimal() or int(count) < 1:
-            raise RequestError(
-                f"--partition {text!r} cannot be read.",
-                received=text,
-                expected="STAGE=N with N of at least 1",
-                fix="write for example --partition dit=4",
-            )
-        parts[stage] = int(count)
-    return parts
 
 
 def host_memory() -> int | None:

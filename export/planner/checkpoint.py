@@ -10,7 +10,6 @@ from reelforge.export.checkpoint.open import open_checkpoint
 from reelforge.export.models.hunyuan_video.spec_from_checkpoint import Numerics
 from reelforge.export.planner.plan import Model, Plan, PlanOptions, make_plan
 from reelforge.export.planner.refusals import Refusal, check_gpu, find_refusals
-from reelforge.runtime.errors import RequestError
 from reelforge.runtime.recipe import Recipe
 from reelforge.runtime.spec import VaeTiling
 
@@ -40,14 +39,6 @@ def plan_checkpoint(request: BuildRequest, options: PlanOptions) -> Planned:
         check_gpu(request.target, options.gpu)
     source = open_source(request)
     recipe = source.recipe()
-    unknown = [name for name in options.parts if name not in recipe.precision]
-    if unknown:
-        raise RequestError(
-            "the partition names stages that are not built.",
-            received=", ".join(unknown),
-            expected=", ".join(recipe.precision),
-            fix="write for example --partition dit=4",
-        )
     model = Model(
         source.family,
         source.spec,
@@ -55,14 +46,15 @@ def plan_checkpoint(request: BuildRequest, options: PlanOptions) -> Planned:
         source.template.crop_start,
         _other_tilings(source),
     )
-    plan = make_plan(model, request.target, recipe, replace(options, calibration_bytes=_calibration(request, recipe)))
+    plan = make_plan(model, request.target, recipe, _completed(options, request, recipe))
     return Planned(plan, find_refusals(model, plan))
 
 
-def _calibration(request: BuildRequest, recipe: Recipe) -> int:
-    if not recipe.calibrated or request.calibration.scales is not None:
-        return 0
-    return int(request.calibration.memory_bytes * _OBSERVED_SHARE)
+def _completed(options: PlanOptions, request: BuildRequest, recipe: Recipe) -> PlanOptions:
+    """Add what the request says about memory."""
+    calibrates = recipe.calibrated and request.calibration.scales is None
+    calibration = int(request.calibration.memory_bytes * _OBSERVED_SHARE) if calibrates else 0
+    return replace(options, calibration_bytes=calibration)
 
 
 def _other_tilings(source: BuildSource) -> dict[str, VaeTiling]:

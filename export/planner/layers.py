@@ -55,19 +55,19 @@ class StageLayers:
         base: Precision of what is not in 8 bits.
         attention: Precision of the attentions that a recipe may quantise.
         layers: By name.
-        norm_bytes: Of norms and whatever else is no layer.
+        sizes: Bytes by parameter; a scale counts to its weight.
     """
 
     name: str
     base: Precision
     attention: Precision
     layers: Mapping[str, Layer]
-    norm_bytes: int
+    sizes: Mapping[str, int]
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all parameters, in the precisions of the recipe."""
-        return sum(layer.bytes for layer in self.layers.values()) + self.norm_bytes
+        return sum(self.sizes.values())
 
     def attention_precision(self, attention: Attention) -> Precision:
         """Return the precision in which an attention of this stage is computed."""
@@ -94,19 +94,19 @@ def stage_layers(
     precision, base = recipe.precision[stage], recipe.base(stage)
     kept = recipe.kept.get(stage, ())
     layers: dict[str, Layer] = {}
-    rest = 0
+    sizes: dict[str, int] = {}
     for name, shape in shapes.items():
         layer, _, role = name.rpartition(".")
         if role != "weight" or len(shape) < 2:
-            if f"{layer}.weight" not in shapes or len(shapes[f"{layer}.weight"]) < 2:
-                rest += math.prod(shape) * BYTES[base]
+            sizes[name] = math.prod(shape) * BYTES[base]
             continue
         eight_bit = precision.quantised and rules is not None and rules.covers(layer) and not matches(layer, kept)
         chosen = precision if eight_bit else base
-        size = math.prod(shape) * BYTES[chosen] + math.prod(shapes.get(f"{layer}.bias", (0,))) * BYTES[base]
-        layers[layer] = Layer(layer, shape, chosen, size + (_SCALE_BYTES * (shape[0] + 1) if eight_bit else 0))
+        sizes[name] = math.prod(shape) * BYTES[chosen] + (_SCALE_BYTES * (shape[0] + 1) if eight_bit else 0)
+        bias = math.prod(shapes.get(f"{layer}.bias", (0,))) * BYTES[base]
+        layers[layer] = Layer(layer, shape, chosen, sizes[name] + bias)
     attention = base if recipe.attention is None else recipe.attention
-    return StageLayers(stage, base, attention, layers, rest)
+    return StageLayers(stage, base, attention, layers, sizes)
 
 
 def rows_of(call: Call, layers: StageLayers) -> Mapping[str, int]:

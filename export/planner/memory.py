@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from reelforge.export.partition import partition
 from reelforge.export.planner.kernels import Constant
 from reelforge.export.planner.layers import StageLayers
 from reelforge.export.planner.work import Call, Phase
@@ -26,6 +27,7 @@ CODE_BYTES_PER_LAYER = Constant(
 BUILDER_BASE_BYTES = Constant(0.2e9, "intercept over plans of 0.36-2.7 GB: peak anonymous memory, TensorRT-RTX 1.7.1")
 BUILDER_SHARE_16 = Constant(1.9, "slope of the same plans, fp16: 1.9 bytes per byte of weights")
 BUILDER_SHARE_8 = Constant(1.43, "FP8 of the whole transformer: about 18 GB for a plan of 12.55 GB (extrapolated)")
+CUT_RATIO = Constant(1.6, "a build cuts a stage whose weights times this exceed what a compiler may occupy")
 BUILDER_SECONDS_PER_LAYER = Constant(0.21, "plans of 12.55 GB in 286 s and of 25.0 GB in 470 s, 482 layers, two cores")
 BUILDER_SECONDS_PER_BYTE = Constant(14.8e-9, "slope of the same two plans")
 GPU_RESERVED_BYTES = Constant(0.6e9, "an assumption: CUDA context and loaded kernels")
@@ -39,7 +41,7 @@ class BuildCost:
         stage: Its name.
         weight_bytes: Parameters in the recipe's precisions.
         plan_bytes: All of its plans or, without plans, what its graph refers to.
-        parts: Into how many plans it is cut.
+        parts: Into how many pieces it is cut.
         builder_bytes: Peak anonymous memory while the largest part is compiled; 0 where nothing is compiled.
         builder_seconds: Of all parts, on two cores; figures vary by a factor of two.
     """
@@ -59,8 +61,8 @@ class PhaseMemory:
     Attributes:
         phase: The phase.
         stage: The stage with the largest sum.
-        weight_bytes: Of that stage (of the largest part, if parts are streamed).
-        activation_bytes: Of that stage.
+        weight_bytes: Of that stage, all of its parts.
+        activation_bytes: Of that stage; of plans, the arena that it shares with earlier stages.
         io_bytes: Its inputs and outputs.
         carried_bytes: What the phase before put out.
     """
@@ -79,33 +81,43 @@ class PhaseMemory:
         return own + int(GPU_RESERVED_BYTES.value)
 
 
-def build_cost(layers: StageLayers, parts: int, plans: int) -> BuildCost:
+def build_cost(
+    stage: Stage, layers: StageLayers, plans: int, part_limit: int | None = None, parts: int = 1
+) -> BuildCost:
     """Return the cost of building one stage.
 
     Args:
-        layers: The stage's layers.
-        parts: Into how many pieces of about equal size it is cut.
+        stage: What is cut.
+        layers: Its layers.
         plans: For how many sets of architectures it is compiled; 0 where the target compiles nothing.
+        part_limit: Bytes of weights that one part may hold; None means that ``parts`` says how it is cut.
+        parts: Into how many it is cut at most.
     """
     weights = layers.weight_bytes
     if not plans:
         return BuildCost(layers.name, weights, weights, 1, 0, 0.0)
+    pieces = _equal_parts(stage, layers, parts) if part_limit is None else partition(stage, layers.sizes, part_limit)
+    largest = max(sum(layers.sizes[name] for name in piece.parameter_shapes()) for piece in pieces)
     count = len(layers.layers)
     plan = weights + int(CODE_BYTES_PER_LAYER.value * count)
     seconds = BUILDER_SECONDS_PER_LAYER.value * count + BUILDER_SECONDS_PER_BYTE.value * plan
-    return BuildCost(layers.name, weights, plan * plans, parts, builder_bytes(layers, parts), seconds * plans)
+    compiler = int(BUILDER_BASE_BYTES.value + _share(layers) * largest)
+    return BuildCost(layers.name, weights, plan * plans, len(pieces), compiler, seconds * plans)
 
 
-def builder_bytes(layers: StageLayers, parts: int) -> int:
-    """Return the peak anonymous memory while the largest of ``parts`` equal pieces is compiled."""
+def _equal_parts(stage: Stage, layers: StageLayers, parts: int) -> tuple[Stage, ...]:
+    """Return at most ``parts`` parts whose largest is as small as a cut between blocks allows, to a few percent."""
+    limit = -(-layers.weight_bytes // parts)
+    while len(pieces := partition(stage, layers.sizes, limit)) > parts:
+        limit += -(-limit // 50)
+    return pieces
+
+
+def _share(layers: StageLayers) -> float:
+    """Return the compiler's bytes per byte of weights, between those of 16 and of 8 bits."""
     quantised = sum(layer.bytes for layer in layers.layers.values() if layer.precision.quantised)
-    share = BUILDER_SHARE_8.value * quantised + BUILDER_SHARE_16.value * (layers.weight_bytes - quantised)
-    return int(BUILDER_BASE_BYTES.value + share / parts)
-
-
-def parts_that_fit(layers: StageLayers, blocks: int, host_bytes: int) -> int | None:
-    """Return the fewest pieces whose compilation fits the host's memory, or None if ``blocks`` pieces do not."""
-    return next((parts for parts in range(1, blocks + 1) if builder_bytes(layers, parts) <= host_bytes), None)
+    fraction = quantised / layers.weight_bytes
+    return BUILDER_SHARE_8.value * fraction + BUILDER_SHARE_16.value * (1 - fraction)
 
 
 def activation_bytes(call: Call, layers: StageLayers) -> int:

@@ -10,25 +10,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from reelforge.export.engines.profiles import MAX_STEPS
+from reelforge.export.engines.requirements import compatible_groups, stage_precisions
 from reelforge.export.family import Family
 from reelforge.export.planner.flops import Flops, call_flops
 from reelforge.export.planner.gpus import Gpu
 from reelforge.export.planner.kernels import AttentionKernel, default_kernels
 from reelforge.export.planner.layers import StageLayers, stage_layers
 from reelforge.export.planner.memory import (
+    CUT_RATIO,
     EXPORT_BYTES,
     BuildCost,
     PhaseMemory,
     activation_bytes,
     build_cost,
-    parts_that_fit,
     tensor_bytes,
 )
 from reelforge.export.planner.roofline import Seconds, call_seconds
 from reelforge.export.planner.work import Phase, StageWork, Workload
 from reelforge.export.stage import Stage
-from reelforge.runtime.recipe import Backend, Precision, Recipe, Target, VideoShape
+from reelforge.runtime.recipe import Precision, Recipe, Target, VideoShape
 from reelforge.runtime.spec import ModelSpec, VaeTiling
+
+PROFILE_PROMPTS = 2
+"""Prompts that the text encoders' profiles take at once (``export.engines.profiles``)."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +72,9 @@ class PlanOptions:
     Attributes:
         gpu: Where videos will be made; None leaves times and fits out.
         steps: Sampling steps; None means the model's default.
-        parts: Into how many pieces stages are cut; for others, as few as the host's memory asks for.
+        parts: Into how many pieces stages are cut at most; others into as few as ``compiler_bytes`` asks for.
         host_bytes: Memory of the machine that builds; None means enough.
-        streamed: Whether only one piece of the loop's stage is on the GPU at a time.
+        compiler_bytes: What of it a compiler may occupy; None means half.
         calibration_bytes: Weights that calibration may load; 0 if nothing is calibrated.
         kernels: Attention kernels by precision, instead of the target's.
     """
@@ -78,7 +83,7 @@ class PlanOptions:
     steps: int | None = None
     parts: Mapping[str, int] = field(default_factory=dict)
     host_bytes: int | None = None
-    streamed: bool = False
+    compiler_bytes: int | None = None
     calibration_bytes: int = 0
     kernels: Mapping[Precision, AttentionKernel] | None = None
 
@@ -93,7 +98,7 @@ class StageCost:
         calls: How often it runs.
         flops: Of all calls.
         seconds: Of all calls; None without a GPU.
-        activation_bytes: Of the largest call.
+        activation_bytes: Of the largest call; of a plan, of the largest that its profile takes.
         io_bytes: Inputs and outputs of the largest call.
         output_bytes: The outputs alone.
     """
@@ -117,12 +122,15 @@ class Bucket:
         steps: Sampling steps.
         stages: In pipeline order.
         memory: GPU memory by phase, in order.
+        next_bytes: Peak of a further video in the same process: the arena for activations is shared and never shrinks,
+            so that it is there from the beginning. Equal to the first video's peak without plans.
     """
 
     shape: VideoShape
     steps: int
     stages: tuple[StageCost, ...]
     memory: tuple[PhaseMemory, ...]
+    next_bytes: int
 
     @property
     def peak(self) -> PhaseMemory:
@@ -196,9 +204,9 @@ def make_plan(model: Model, target: Target, recipe: Recipe, options: PlanOptions
     """
     options = options or PlanOptions()
     layers = {stage.name: model.layers(stage.name, recipe) for stage in model.stages}
-    builds = tuple(_build(stage, layers[stage.name], target, options) for stage in model.stages)
+    builds = tuple(_build(model, layers[stage.name], target, recipe, options) for stage in model.stages)
     kernels = options.kernels or default_kernels(target.backend)
-    planner = _Planner(model, recipe, replace(options, kernels=kernels), layers, builds)
+    planner = _Planner(model, recipe, replace(options, kernels=kernels), layers, builds, target.backend.has_plans)
     buckets = tuple(planner.bucket(shape) for shape in with_images(_shapes(model, recipe)))
     return Plan(
         target,
@@ -218,19 +226,17 @@ def _loop_kernel(
     return kernels.get(loop[0].attention) if loop else None
 
 
-def blocks_of(stage: Stage) -> int:
-    """Return into how many pieces a stage can be cut: one per repeat of its parts."""
-    return max(1, sum(part.repeat for part in stage.parts if part.repeat > 1))
-
-
-def _build(stage: Stage, layers: StageLayers, target: Target, options: PlanOptions) -> BuildCost:
-    backend = target.backend
-    plans = len(target.architectures) if backend is Backend.TRT else int(backend.has_plans)
-    parts = options.parts.get(stage.name)
-    if parts is None:
-        blocks = blocks_of(stage)
-        parts = 1 if options.host_bytes is None else parts_that_fit(layers, blocks, options.host_bytes) or blocks
-    return build_cost(layers, parts, plans)
+def _build(model: Model, layers: StageLayers, target: Target, recipe: Recipe, options: PlanOptions) -> BuildCost:
+    stage = next(one for one in model.stages if one.name == layers.name)
+    if not target.backend.has_plans:
+        return build_cost(stage, layers, plans=0)
+    rules = model.family.quantisation(model.spec).get(stage.name)
+    attends = rules is not None and bool(rules.attentions)
+    plans = len(compatible_groups(target, stage_precisions(recipe, stage.name, has_attention=attends)))
+    if stage.name in options.parts or options.host_bytes is None:
+        return build_cost(stage, layers, plans, parts=options.parts.get(stage.name, 1))
+    limit = int((options.compiler_bytes or options.host_bytes // 2) / CUT_RATIO.value)
+    return build_cost(stage, layers, plans, part_limit=max(1, limit))
 
 
 def with_images(shapes: Sequence[VideoShape]) -> tuple[VideoShape, ...]:
@@ -259,15 +265,24 @@ class _Planner:
     options: PlanOptions
     layers: Mapping[str, StageLayers]
     builds: tuple[BuildCost, ...]
+    compiled: bool
 
     def bucket(self, shape: VideoShape) -> Bucket:
         """Return the costs of one shape."""
         workload = _workload(self.model, self.recipe, self.options, shape)
         works = self.model.family.work(self.model.spec, workload)
-        stages = tuple(self._stage(stage, works[stage.name]) for stage in self.model.stages)
-        return Bucket(shape, workload.steps, stages, tuple(self._memory(stages)))
+        largest = works
+        if self.compiled:  # an arena is as large as its profile's largest sizes ask for
+            largest = self.model.family.work(
+                self.model.spec, replace(workload, steps=max(MAX_STEPS, workload.steps), prompts=PROFILE_PROMPTS)
+            )
+        stages = tuple(self._stage(stage, works[stage.name], largest[stage.name]) for stage in self.model.stages)
+        memory = tuple(self._memory(stages))
+        arena = max(phase.activation_bytes for phase in memory) if self.compiled else 0
+        again = max(phase.total_bytes + max(0, arena - phase.activation_bytes) for phase in memory)
+        return Bucket(shape, workload.steps, stages, memory, again)
 
-    def _stage(self, stage: Stage, work: StageWork) -> StageCost:
+    def _stage(self, stage: Stage, work: StageWork, largest: StageWork) -> StageCost:
         layers, gpu = self.layers[stage.name], self.options.gpu
         flops, seconds = Flops(), Seconds()
         for call in work.calls:
@@ -280,28 +295,31 @@ class _Planner:
             sum(call.times for call in work.calls),
             flops,
             None if gpu is None else seconds,
-            max(activation_bytes(call, layers) for call in work.calls),
+            max(activation_bytes(call, layers) for call in largest.calls),
             max(tensor_bytes(stage, (*stage.inputs, *stage.outputs), call.dimensions) for call in work.calls),
             max(tensor_bytes(stage, stage.outputs, call.dimensions) for call in work.calls),
         )
 
     def _memory(self, stages: Sequence[StageCost]) -> list[PhaseMemory]:
-        streamed = [stage.stage for stage in stages if self.options.streamed and stage.phase is Phase.LOOP]
-        weights = {
-            build.stage: -(-build.weight_bytes // build.parts) if build.stage in streamed else build.weight_bytes
-            for build in self.builds
-        }
+        weights = {build.stage: build.weight_bytes for build in self.builds}
         result: list[PhaseMemory] = []
-        carried = 0
+        carried = arena = 0
         for phase in Phase:
             of_phase = [stage for stage in stages if stage.phase is phase]
             if of_phase:
                 candidates = [
                     PhaseMemory(
-                        phase, stage.stage, weights[stage.stage], stage.activation_bytes, stage.io_bytes, carried
+                        phase,
+                        stage.stage,
+                        weights[stage.stage],
+                        max(arena, stage.activation_bytes),
+                        stage.io_bytes,
+                        carried,
                     )
                     for stage in of_phase
                 ]
                 result.append(max(candidates, key=lambda memory: memory.total_bytes))
             carried = sum(stage.output_bytes for stage in of_phase)
+            if self.compiled:
+                arena = max([arena, *(stage.activation_bytes for stage in of_phase)])
         return result

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from reelforge.export.planner.gpus import GPUS, Gpu
-from reelforge.export.planner.memory import PhaseMemory, parts_that_fit
-from reelforge.export.planner.plan import Bucket, Model, Plan, blocks_of, make_plan
+from reelforge.export.planner.memory import BuildCost, PhaseMemory
+from reelforge.export.planner.plan import Bucket, Model, Plan, make_plan
 from reelforge.export.planner.work import Phase
 from reelforge.runtime.architectures import ARCHITECTURES
 from reelforge.runtime.errors import BuildError, RequestError
@@ -19,7 +19,7 @@ from reelforge.runtime.recipe import Backend, Precision, Recipe, Target, VideoSh
 
 _NARROWER = (Precision.FP8, Precision.INT8, Precision.FP16)
 _FEWER_FRAMES = (2, 4)
-_MAX_STREAMED_PARTS = 16
+_COMPILER_SHARE = 0.7  # of the machine, when nothing else runs on it
 
 
 @dataclass(frozen=True)
@@ -146,12 +146,6 @@ def _advice(model: Model, plan: Plan, gpu: Gpu, phase: Phase, worst: PhaseMemory
         for option, tiling in model.tilings.items():
             if fits(model=replace(model, spec=replace(model.spec, tiling=tiling))):
                 yield f"decode in smaller tiles with {option}"
-    if phase is Phase.LOOP:
-        blocks = next(blocks_of(one) for one in model.stages if one.name == stage)
-        room = gpu.memory_bytes - worst.total_bytes + worst.weight_bytes
-        parts = -(-worst.weight_bytes // room) if room > 0 else blocks + 1
-        if 1 < parts <= min(blocks, _MAX_STREAMED_PARTS) and not plan.options.streamed:
-            yield f"stream {stage} in {parts} parts with --partition {stage}={parts} --stream"
     larger = _larger_gpu(plan, worst)
     if larger is not None:
         yield f"use a GPU with more memory, such as the {larger.name}"
@@ -216,15 +210,19 @@ def _host_refusals(model: Model, plan: Plan) -> Iterator[Refusal]:
             f"at most {gigabytes(host)}",
             (f"use --calibration-memory {max(1, int((host - 1e9) / 2**30 * 0.8))}", "give --scales"),
         )
-    for stage, build in zip(model.stages, plan.builds, strict=True):
-        if build.builder_bytes <= host:
-            continue
-        parts = parts_that_fit(model.layers(stage.name, plan.recipe), blocks_of(stage), host)
-        fixes = [f"use --partition {stage.name}={parts}"] if parts is not None else []
-        fixes.append(f"build on a machine with {gigabytes(build.builder_bytes)} of memory")
-        yield Refusal(
-            f"compiling {stage.name} in {build.parts} part{'s' if build.parts > 1 else ''} does not fit this machine.",
-            f"{gigabytes(build.builder_bytes)} of memory",
-            f"at most {gigabytes(host)}",
-            tuple(fixes),
-        )
+    for build in plan.builds:
+        if build.builder_bytes > host:
+            yield _compiler_refusal(model, plan, build, host)
+
+
+def _compiler_refusal(model: Model, plan: Plan, build: BuildCost, host: int) -> Refusal:
+    cut = replace(plan.options, parts={}, compiler_bytes=int(host * _COMPILER_SHARE))
+    again = make_plan(model, plan.target, plan.recipe, cut)
+    enough = next(one for one in again.builds if one.stage == build.stage)
+    fixes = [f"cut {build.stage} into {enough.parts} parts"] if enough.builder_bytes <= host else []
+    return Refusal(
+        f"compiling {build.stage} in {build.parts} part{'s' if build.parts > 1 else ''} does not fit this machine.",
+        f"{gigabytes(build.builder_bytes)} of memory",
+        f"at most {gigabytes(host)}",
+        (*fixes, f"build on a machine with {gigabytes(build.builder_bytes)} of memory"),
+    )

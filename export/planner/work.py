@@ -33,6 +33,7 @@ class Workload:
         text_tokens: Of the prompt, after the template's prefix is cropped.
         prompt_tokens: With the template.
         batch: Videos per call of the loop's stage.
+        prompts: Prompts per call of the text encoders.
     """
 
     shape: VideoShape
@@ -40,6 +41,7 @@ class Workload:
     text_tokens: int
     prompt_tokens: int
     batch: int = 1
+    prompts: int = 1
 
 
 @dataclass(frozen=True)

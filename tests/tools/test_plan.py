@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from reelforge.export.planner.gpus import GPUS
 from reelforge.runtime.errors import BuildError, RequestError
 from reelforge.tools.main import cli
-from reelforge.tools.plan import host_memory, parse_partition
+from reelforge.tools.plan import host_memory
 
 SHAPES = ("--shapes", "48x64x9,32x32x5")
 
@@ -69,11 +69,8 @@ def test_some_stages_can_be_planned_alone(tiny_checkpoint: Path) -> None:
     assert value["buckets"][0]["seconds_per_step"] is None
 
 
-def test_steps_and_partition_are_taken(tiny_checkpoint: Path) -> None:
-    options = ("--target", "rtx:sm89", "--precision", "fp16", "--steps", "7", "--partition", "dit=2", *SHAPES)
-    value = planned(tiny_checkpoint, *options)
-    assert value["buckets"][0]["steps"] == 7
-    assert value["stages"]["dit"]["parts"] == 2
+def test_steps_are_taken(tiny_checkpoint: Path) -> None:
+    assert planned(tiny_checkpoint, "--steps", "7", *SHAPES)["buckets"][0]["steps"] == 7
 
 
 def test_calibration_counts_unless_scales_are_given(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -115,18 +112,6 @@ def test_a_recipe_file_stands_alone(tiny_checkpoint: Path, tmp_path: Path) -> No
     assert planned(tiny_checkpoint, "--recipe", str(recipe), *SHAPES)["precision"]["dit"] == "fp16"
     result = run(tiny_checkpoint, "--recipe", str(recipe), "--precision", "fp16", *SHAPES)
     assert "a recipe file is given together with --precision or --keep" in str(result.exception)
-
-
-@pytest.mark.parametrize("text", ["dit", "dit=", "dit=x", "dit=0", "=3"])
-def test_a_partition_that_cannot_be_read_is_refused(text: str) -> None:
-    with pytest.raises(RequestError, match="cannot be read") as caught:
-        parse_partition((text,))
-    assert caught.value.fix == "write for example --partition dit=4"
-
-
-def test_a_partition_of_a_stage_that_is_not_there_is_refused(tiny_checkpoint: Path) -> None:
-    result = run(tiny_checkpoint, "--target", "rtx:sm89", "--precision", "fp16", "--partition", "unet=2", *SHAPES)
-    assert "the partition names stages that are not built" in str(result.exception)
 
 
 def test_this_machine_has_memory() -> None:

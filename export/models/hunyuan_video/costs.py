@@ -26,7 +26,7 @@ def hunyuan_video_work(spec: ModelSpec, workload: Workload) -> Mapping[str, Stag
     """Return the work of every stage for one call of the pipeline."""
     return {
         "llm": StageWork(Phase.TEXT, (_llm(spec, workload),)),
-        "clip": StageWork(Phase.TEXT, (_clip(spec),)),
+        "clip": StageWork(Phase.TEXT, (_clip(spec, workload),)),
         "refiner": StageWork(Phase.CONDITIONING, (_refiner(spec, workload),)),
         "modulation": StageWork(Phase.CONDITIONING, (_modulation(spec, workload),)),
         "dit": StageWork(Phase.LOOP, (_dit(spec, workload),)),
@@ -35,24 +35,25 @@ def hunyuan_video_work(spec: ModelSpec, workload: Workload) -> Mapping[str, Stag
 
 
 def _llm(spec: ModelSpec, workload: Workload) -> Call:
-    llm, tokens = spec.llm, workload.prompt_tokens
-    heads = llm.heads * llm.head_dim
-    attention = Attention(llm.used_layers, llm.heads, llm.head_dim, tokens, _causal(tokens))
+    llm, length = spec.llm, workload.prompt_tokens
+    tokens, heads = length * workload.prompts, llm.heads * llm.head_dim
+    attention = Attention(llm.used_layers * workload.prompts, llm.heads, llm.head_dim, length, _causal(length))
     # Two norms and sums, rotation of q and k, gate times up.
     passes = llm.used_layers * tokens * (10 * llm.width + 4 * heads + 3 * llm.mlp_width)
     down = "layers.0.mlp.down_proj"
     moment = (Live(tokens * (2 * llm.mlp_width + 3 * llm.width)), Live(tokens * llm.mlp_width, down))
     rows = (Rows("embed_tokens", 0), Rows("layers.*", tokens))
-    return Call(1, rows, (attention,), passes, (moment,), {"batch": 1, "prompt_tokens": tokens})
+    return Call(1, rows, (attention,), passes, (moment,), {"batch": workload.prompts, "prompt_tokens": length})
 
 
-def _clip(spec: ModelSpec) -> Call:
-    clip, tokens = spec.clip, spec.clip.max_tokens
-    attention = Attention(clip.layers, clip.heads, clip.width // clip.heads, tokens, _causal(tokens))
+def _clip(spec: ModelSpec, workload: Workload) -> Call:
+    clip, length = spec.clip, spec.clip.max_tokens
+    tokens = length * workload.prompts
+    attention = Attention(clip.layers * workload.prompts, clip.heads, clip.width // clip.heads, length, _causal(length))
     passes = clip.layers * tokens * (10 * clip.width + 2 * clip.mlp_width)
     moment = (Live(tokens * (2 * clip.mlp_width + clip.width)),)
     rows = (Rows("embeddings.*", 0), Rows("encoder.layers.*", tokens))
-    return Call(1, rows, (attention,), passes, (moment,), {"batch": 1, "clip_tokens": tokens})
+    return Call(1, rows, (attention,), passes, (moment,), {"batch": workload.prompts, "clip_tokens": length})
 
 
 def _refiner(spec: ModelSpec, workload: Workload) -> Call:

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 
 from reelforge.export.planner.gpus import find_gpu
-from reelforge.export.planner.memory import builder_bytes, parts_that_fit
 from reelforge.export.planner.plan import Bucket, Plan, PlanOptions, make_plan
 from reelforge.export.planner.work import Phase
 from reelforge.runtime.recipe import Precision, Recipe, Target, VideoShape
@@ -160,21 +159,44 @@ def test_tensorrt_makes_a_plan_per_architecture() -> None:
     assert two.bundle_bytes == 2 * one.bundle_bytes
 
 
-def test_a_stage_is_cut_into_as_few_parts_as_memory_asks_for() -> None:
-    plan = plan_of(recipe(SMALL), host_bytes=int(14e9))
+def test_a_stage_is_cut_into_as_few_parts_as_half_of_the_memory_asks_for() -> None:
+    plan = plan_of(recipe(SMALL), host_bytes=int(24e9))
     parts = {build.stage: build.parts for build in plan.builds}
-    assert parts["clip"] == 1
-    assert parts["llm"] == 2
-    assert parts["dit"] == 3
-    assert all(build.builder_bytes <= 14e9 for build in plan.builds)
+    assert parts == {"llm": 2, "clip": 1, "refiner": 1, "modulation": 1, "dit": 3, "vae_decoder": 1}
+    whole = plan_of(recipe(SMALL))
+    assert whole.bundle_bytes == plan.bundle_bytes
+    assert plan.builder_bytes < whole.builder_bytes / 2
 
 
-def test_parts_shrink_the_builder_until_none_is_left_to_cut() -> None:
-    layers = model().layers("dit", recipe(SMALL))
-    sizes = [builder_bytes(layers, parts) for parts in (1, 2, 4, 8)]
+def test_parts_shrink_what_the_compiler_takes() -> None:
+    sizes = [
+        next(
+            build.builder_bytes for build in plan_of(recipe(SMALL), parts={"dit": parts}).builds if build.stage == "dit"
+        )
+        for parts in (1, 2, 4, 8)
+    ]
     assert sizes == sorted(sizes, reverse=True)
-    assert parts_that_fit(layers, 60, 10**12) == 1
-    assert parts_that_fit(layers, 60, 10**8) is None
+    assert sizes[3] == pytest.approx(sizes[0] / 8, rel=0.2)
+
+
+def test_the_arena_of_plans_never_shrinks() -> None:
+    bucket = plan_of(recipe(HD, dit=Precision.FP8)).buckets[0]
+    arenas = [memory.activation_bytes for memory in bucket.memory]
+    assert arenas == sorted(arenas)
+    text = bucket.memory[0]
+    assert bucket.next_bytes >= text.total_bytes - text.activation_bytes + arenas[-1]
+
+
+def test_without_plans_nothing_is_left_of_the_stage_before() -> None:
+    bucket = make_plan(model(), Target.parse("cuda"), recipe(HD)).buckets[0]
+    assert bucket.next_bytes == bucket.peak.total_bytes
+
+
+def test_arenas_are_those_of_the_profiles_largest_sizes() -> None:
+    compiled, run = (make_plan(model(), target, recipe(SMALL)) for target in (RTX, Target.parse("cuda")))
+    refiners = [next(stage for stage in plan.buckets[0].stages if stage.stage == "refiner") for plan in (compiled, run)]
+    assert refiners[0].activation_bytes == 2 * refiners[1].activation_bytes  # 100 steps, not 50
+    assert refiners[0].flops == refiners[1].flops
 
 
 def test_batch_multiplies_the_loop() -> None:
