@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
-from reelforge.export.capture import OPSET, Trace, capture_part
+from reelforge.export.capture import OPSET, Trace
 from reelforge.export.portable import DOMAIN
 from reelforge.export.stage import COMPUTE, Part, Stage
 from reelforge.runtime.manifest import WeightEntry
@@ -32,11 +32,6 @@ COMPUTE_IR_DTYPES = {
 _IR_DTYPES = {"float32": ir.DataType.FLOAT, "int64": ir.DataType.INT64}
 
 
-def capture_stage(stage: Stage, precision: Precision) -> tuple[Trace, ...]:
-    """Trace each part of the stage once; needs no weights."""
-    return tuple(capture_part(part, stage.values, precision) for part in stage.parts)
-
-
 def assemble_stage(
     stage: Stage, traces: Sequence[Trace], precision: Precision, weights: Mapping[str, WeightEntry]
 ) -> ir.Model:
@@ -44,7 +39,7 @@ def assemble_stage(
 
     Args:
         stage: What to build.
-        traces: Of its parts, from :func:`capture_stage`.
+        traces: Of its parts, in order (``export.capture``).
         precision: Dtype of its parameters and ``compute`` values.
         weights: Where each parameter lies, by name.
 
@@ -59,9 +54,7 @@ class _Assembly:
         self.stage, self.precision, self.weights = stage, precision, weights
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
-        self.environment: dict[str, ir.Value] = {
-            stage.value_of(name): self._boundary(name) for name in stage.inputs
-        }
+        self.environment: dict[str, ir.Value] = {stage.value_of(name): self._boundary(name) for name in stage.inputs}
         self.collected: dict[str, list[ir.Value]] = {}
 
     def model(self, traces: Sequence[Trace]) -> ir.Model:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from reelforge.export.build_request import BuildEvents, BuildRequest
 from reelforge.export.build_source import open_source
+from reelforge.export.plans import add_plans
 from reelforge.export.quantised_build import QuantisedBuild
 from reelforge.export.stage_compiler import StageCompiler
 from reelforge.export.verify import measure_parity
@@ -44,6 +45,8 @@ def build_bundle(request: BuildRequest, events: BuildEvents | None = None) -> Ma
             manifest = build.run(chosen, recipe, writer)
         else:
             entries = compiler.compile(chosen, recipe, {}, writer)
+            if request.target.backend.has_plans:
+                entries = add_plans(source, compiler, recipe, {}, entries, writer)
             manifest = source.manifest(recipe, entries)
         if request.verify:
             manifest = measure_parity(writer.folder, manifest, chosen)

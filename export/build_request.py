@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from reelforge.calibration.scale_methods import DEFAULT_PERCENTILE, ScaleMethod
+from reelforge.export.cache import DEFAULT_LIMIT_BYTES
 from reelforge.export.models.hunyuan_video.spec_from_checkpoint import Numerics
 from reelforge.runtime.manifest import StageEntry
-from reelforge.runtime.recipe import EVERY_STAGE, Precision, Target, VideoShape
+from reelforge.runtime.recipe import Precision, Target, VideoShape
 
 
 @dataclass(frozen=True)
@@ -46,15 +47,32 @@ class CalibrationRequest:
 
 
 @dataclass(frozen=True)
+class CompilationRequest:
+    """How plans are compiled.
+
+    Attributes:
+        cache: Folder of plans of earlier builds; None keeps and takes none.
+        cache_bytes: How large it may become.
+        memory_bytes: What a compiler may occupy; a stage that needs more is cut into parts. None means half of the
+            machine's memory.
+    """
+
+    cache: Path | None = None
+    cache_bytes: int = DEFAULT_LIMIT_BYTES
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
 class BuildRequest:
     """What to build.
 
     Attributes:
         checkpoint: Folder in diffusers' or Tencent's layout.
         output: The bundle's folder; it must not exist.
-        target: Backend.
-        precision: By stage, and for the model under ``"*"`` (see ``runtime.recipe.resolve_precisions``).
-        high_precision: Of what is not in 8 bits in a quantised stage.
+        target: Backend and architectures.
+        precision: By stage, and for the model under ``"*"`` (see ``runtime.recipe.resolve_precisions``); what is left
+            out has the target's default (``export.target_rules``).
+        high_precision: Of what is not in 8 bits in a quantised stage; None means the target's default.
         kept: Layers that stay in high precision although their stage is quantised: stage -> patterns.
         attention: Arithmetic of attention; None means the high precision.
         shapes: Video shapes to serve; empty for any.
@@ -64,13 +82,14 @@ class BuildRequest:
         prompt_template: File that replaces the checkpoint's template.
         verify: Whether to run each stage against its reference and store the difference.
         calibration: For quantised stages.
+        compilation: For targets with plans.
     """
 
     checkpoint: Path
     output: Path
     target: Target
-    precision: Mapping[str, Precision] = field(default_factory=lambda: {EVERY_STAGE: Precision.FP32})
-    high_precision: Precision = Precision.FP32
+    precision: Mapping[str, Precision] = field(default_factory=dict)
+    high_precision: Precision | None = None
     kept: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     attention: Precision | None = None
     shapes: tuple[VideoShape, ...] = ()
@@ -80,6 +99,7 @@ class BuildRequest:
     prompt_template: Path | None = None
     verify: bool = False
     calibration: CalibrationRequest = field(default_factory=CalibrationRequest)
+    compilation: CompilationRequest = field(default_factory=CompilationRequest)
 
 
 @dataclass
@@ -90,10 +110,12 @@ class BuildEvents:
         weights: (stage, bytes of it done, bytes of it in all).
         work: (what is being done, units done, units in all): calibration and the gate.
         stage: A stage's entry, when its graph is written.
+        plan: Name of a stage or part, and the process id of its compiler, when that begins.
         notice: Something that a person should know.
     """
 
     weights: Callable[[str, int, int], None] = lambda _stage, _done, _total: None
     work: Callable[[str, int, int], None] = lambda _what, _done, _total: None
     stage: Callable[[StageEntry], None] = lambda _entry: None
+    plan: Callable[[str, int], None] = lambda _name, _pid: None
     notice: Callable[[str], None] = lambda _text: None

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from reelforge.calibration.fingerprint import HEAD_BYTES, StoredTensor, fingerprint
 from reelforge.export.build_request import BuildRequest
 from reelforge.export.checkpoint.component import Checkpoint
 from reelforge.export.checkpoint.open import open_checkpoint
 from reelforge.export.checkpoint.sources import Resolved
+from reelforge.export.engines.profiles import named_shapes
+from reelforge.export.engines.requirements import compatible_groups, stage_precisions
 from reelforge.export.family import FAMILIES, Family
 from reelforge.export.prompt_template import find_prompt_template
+from reelforge.export.quantisation import attention_formats
 from reelforge.export.stage import Stage
+from reelforge.export.target_rules import check_bases, default_base
 from reelforge.export.tokenizers import tokenizer_json
 from reelforge.export.weights import resolve_stages
 from reelforge.runtime.bundle.write import BundleWriter
 from reelforge.runtime.errors import CheckpointError, RequestError
 from reelforge.runtime.manifest import SCHEMA_VERSION, Manifest, PromptTemplate, StageEntry
 from reelforge.runtime.quality import QualityReport
-from reelforge.runtime.recipe import Recipe, VideoShape, resolve_precisions
+from reelforge.runtime.recipe import Precision, Recipe, VideoShape, resolve_precisions
 from reelforge.runtime.spec import ModelSpec
 
 _LIBRARIES = ("reelforge", "torch", "onnx", "onnx-ir", "onnxscript", "transformers")
@@ -63,19 +68,30 @@ class BuildSource:
         names = self.request.stages
         return tuple(stage for stage in self.stages if not names or stage.name in names)
 
+    def fingerprint(self) -> str:
+        """Return the checkpoint's identity for scale files; reads the first bytes of every weight."""
+        return fingerprint(
+            StoredTensor(stage, name, weight.dtype, tuple(weight.shape), _head(weight))
+            for stage, weights in self.resolved.items()
+            for name, weight in weights.items()
+        )
+
     def recipe(self) -> Recipe:
         """Return the recipe of the stages to build.
 
         Raises:
-            RequestError: For a stage that the model does not have, or layers kept in one that is not in 8 bits.
+            RequestError: For a stage that the model does not have, layers kept in one that is not in 8 bits, or
+                precisions that the target does not compute in.
         """
-        request = self.request
-        precision = resolve_precisions(request.precision, self.family.stage_names, self.family.quantised_by_default)
+        request, target = self.request, self.request.target
+        precision = resolve_precisions(
+            request.precision, self.family.stage_names, self.family.quantised_by_default, default_base(target)
+        )
         recipe = Recipe(
             {stage.name: precision[stage.name] for stage in self.chosen_stages()},
             request.shapes,
             request.batch,
-            request.high_precision,
+            request.high_precision or default_base(target, beside_8_bit=True),
             {stage: tuple(sorted(patterns)) for stage, patterns in sorted(request.kept.items())},
             request.attention,
         )
@@ -88,7 +104,17 @@ class BuildSource:
                 + (", ".join(recipe.quantised_stages()) or "those with --precision int8 or fp8"),
                 fix=f"add --precision {idle[0]}=int8, or leave the pattern out",
             )
-        return recipe
+        check_bases(recipe, target)
+        if not target.backend.has_plans:
+            return recipe
+        for stage in recipe.precision:
+            compatible_groups(target, self.computed_in(recipe, stage))
+        return replace(recipe, shapes=named_shapes(self.spec, recipe))
+
+    def computed_in(self, recipe: Recipe, stage: str) -> frozenset[Precision]:
+        """Return what the products and attentions of a stage are computed in."""
+        rules = self.family.quantisation(self.spec)
+        return stage_precisions(recipe, stage, has_attention=stage in attention_formats(recipe, rules))
 
     def manifest(
         self,
@@ -176,3 +202,13 @@ def _tokenizer(checkpoint: Checkpoint, role: str) -> Path:
             fix="download the tokenizer's folder next to the weights",
         )
     return folder
+
+
+def _head(weight: Resolved) -> bytes:
+    """The first bytes of a weight, as many as a fingerprint looks at."""
+    head = b""
+    for piece in weight.pieces(HEAD_BYTES):  # at least a row, which may be less
+        head += piece.tobytes()
+        if len(head) >= HEAD_BYTES:
+            break
+    return head[:HEAD_BYTES]

@@ -76,13 +76,6 @@ def quantised_formats(recipe: Recipe, rules: Mapping[str, StageRules], stages: M
         RequestError: If a stage cannot be quantised, or a pattern of ``recipe.kept`` fits no layer.
     """
     formats: dict[str, dict[str, NumberFormat]] = {}
-    if recipe.high_precision is not Precision.FP32:
-        raise RequestError(
-            "8-bit layers beside others in half precision are not supported.",
-            received=recipe.high_precision.value,
-            expected="fp32 for what is not in 8 bits",
-            fix="leave the high precision at fp32",
-        )
     for name in recipe.quantised_stages():
         if name not in rules:
             raise RequestError(

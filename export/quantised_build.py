@@ -8,12 +8,11 @@ linked from it. With a scale file and without a gate there is nothing to refer t
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from reelforge.calibration.fingerprint import HEAD_BYTES, StoredTensor, fingerprint
 from reelforge.calibration.gate import measure_quality, meets, require_quality
 from reelforge.calibration.prompts import DEFAULT_PROMPTS, read_prompts, split_prompts
 from reelforge.calibration.rules import Formats, SmoothingGroup
@@ -22,8 +21,10 @@ from reelforge.export.build_request import BuildEvents, CalibrationRequest
 from reelforge.export.build_source import BuildSource
 from reelforge.export.calibrate import CalibrationOptions, calibrate
 from reelforge.export.calibration_plan import format_names
-from reelforge.export.checkpoint.sources import Resolved
+from reelforge.export.graph_file import graph_bytes
+from reelforge.export.plans import add_plans
 from reelforge.export.quantisation import (
+    StagePlan,
     applicable_groups,
     attention_formats,
     plan_quantisation,
@@ -39,10 +40,12 @@ from reelforge.runtime.errors import RequestError
 from reelforge.runtime.manifest import Manifest, StageEntry
 from reelforge.runtime.pipeline import Pipeline
 from reelforge.runtime.quality import QualityThresholds
-from reelforge.runtime.recipe import Precision, Recipe
+from reelforge.runtime.recipe import Backend, Precision, Recipe, Target
 
 SCALES_NAME = "scales.safetensors"
 _REFERENCE = "reference"
+_EXECUTABLE = "executable"
+CPU = Target(Backend.CPU)
 
 
 @dataclass(frozen=True)
@@ -90,12 +93,16 @@ class QuantisedBuild:
             )
         scales = None if request.scales is None else self._read_scales(request.scales, work)
         if scales is not None and not request.gated:
-            return self._write(chosen, work, scales, None, writer)
+            manifest, plans = self._write(chosen, work, scales, None, writer)
+            return self._compiled(manifest, plans, work, writer)
         with self._reference(writer) as reference:
             if scales is None:
                 scales = self._calibrate(reference, work, writer)
-            manifest = self._write(chosen, work, scales, reference, writer)
-            return self._gated(reference, manifest, work, scales, writer) if request.gated else manifest
+            manifest, plans = self._write(chosen, work, scales, reference, writer)
+            if request.gated:
+                with self._executable(reference, manifest, plans, writer) as bundle:
+                    manifest = self._gated(reference, bundle, manifest, work, scales)
+        return self._compiled(manifest, plans, work, writer)
 
     def _require_all_stages(self, chosen: Sequence[Stage]) -> None:
         if len(chosen) == len(self.source.stages) or (self.request.scales is not None and not self.request.gated):
@@ -115,23 +122,18 @@ class QuantisedBuild:
         recipe = Recipe.uniform(Precision.FP32, names, batch=self.source.request.batch)
         with BundleWriter(folder) as reference_writer:
             self.source.write_tokenizers(reference_writer)
-            quiet = replace(self.compiler, events=replace(self.events, stage=BuildEvents().stage))
+            quiet = replace(self.compiler, target=CPU, events=replace(self.events, stage=BuildEvents().stage))
             entries = quiet.compile(self.source.stages, recipe, {}, reference_writer)
-            reference_writer.seal(self.source.manifest(recipe, entries))
+            reference_writer.seal(replace(self.source.manifest(recipe, entries), target=CPU))
         try:
             yield Bundle.open(folder, Check.SIZES)
         finally:
             shutil.rmtree(folder)
 
     def _read_scales(self, path: Path, work: _Work) -> ScaleFile:
-        tensors = (
-            StoredTensor(stage, name, weight.dtype, tuple(weight.shape), _head(weight))
-            for stage, weights in self.source.resolved.items()
-            for name, weight in weights.items()
-        )
         required = required_scales(work.formats, work.attentions)
         names = format_names(work.formats, work.attentions)
-        return read_scale_file(path, fingerprint(tensors), required, names)
+        return read_scale_file(path, self.source.fingerprint(), required, names)
 
     def _calibrate(self, reference: Bundle, work: _Work, writer: BundleWriter) -> ScaleFile:
         request = self.request
@@ -164,8 +166,8 @@ class QuantisedBuild:
         scales: ScaleFile,
         reference: Bundle | None,
         writer: BundleWriter,
-    ) -> Manifest:
-        """Compile what the recipe changes, and take everything else from the reference."""
+    ) -> tuple[Manifest, Mapping[str, StagePlan]]:
+        """Make graphs of what the recipe changes, take everything else from the reference; also return the plans."""
         stages = {stage.name: stage for stage in self.source.stages}
         rules = self.source.family.quantisation(self.source.spec)
         groups = tuple(group for stage in work.formats for group in rules[stage].groups)
@@ -175,7 +177,8 @@ class QuantisedBuild:
         precision = work.recipe.precision
         entries: dict[str, StageEntry] = {}
         for stage in chosen:
-            if reference is not None and stage.name not in plans and precision[stage.name] is Precision.FP32:
+            same = self.compiler.target == CPU and stage.name not in plans and precision[stage.name] is Precision.FP32
+            if reference is not None and same:
                 entries[stage.name] = link_stage(reference.stage(stage.name), reference.path, writer)
                 self.events.stage(entries[stage.name])
         changed = [stage for stage in chosen if stage.name not in entries]
@@ -186,22 +189,72 @@ class QuantisedBuild:
             "calibration": f"{about.format} by {about.method}, {about.sampling}, seed {about.seed}",
             "calibration_prompts": about.prompts_sha256,
         }
-        return self.source.manifest(work.recipe, tuple(entries[stage.name] for stage in chosen), provenance)
+        return self.source.manifest(work.recipe, tuple(entries[stage.name] for stage in chosen), provenance), plans
 
-    def _gated(
-        self, reference: Bundle, manifest: Manifest, work: _Work, scales: ScaleFile, writer: BundleWriter
+    def _compiled(
+        self, manifest: Manifest, plans: Mapping[str, StagePlan], work: _Work, writer: BundleWriter
     ) -> Manifest:
-        """Measure the bundle against its reference, and refuse it if it is not good enough."""
+        """Add the plans, if the target has such."""
+        if not self.compiler.target.backend.has_plans:
+            return manifest
+        entries = add_plans(self.source, self.compiler, work.recipe, plans, manifest.stages, writer)
+        return replace(manifest, stages=entries)
+
+    @contextmanager
+    def _executable(
+        self,
+        reference: Bundle,
+        manifest: Manifest,
+        plans: Mapping[str, StagePlan],
+        writer: BundleWriter,
+    ) -> Iterator[Bundle]:
+        """Yield the unfinished bundle in a form that runs here.
+
+        Plans run on GPUs only. In their place stand graphs with the same 8-bit weights and scales and, beside these,
+        fp32: what they show is the cost of quantisation, and not that of bf16 or fp16 elsewhere.
+        """
+        # Files are listed when a bundle is sealed; until then the tokenizers are found as the reference's.
+        files = reference.manifest.files
+        if self.compiler.target == CPU:
+            yield Bundle(writer.folder, replace(manifest, files=files))
+            return
+        folder = writer.folder / _EXECUTABLE
+        folder.mkdir()
+        try:
+            gpu_numbers = replace(self.compiler, target=Target(Backend.CUDA))  # signed codes of int8 activations
+            stages = {stage.name: stage for stage in self.source.stages}
+            entries = []
+            for entry in manifest.stages:
+                if entry.name in plans:
+                    source, used = writer.folder, entry
+                    weights = {weight.name: weight for weight in entry.weights}
+                    model = gpu_numbers.graph(stages[entry.name], Precision.FP32, plans[entry.name], weights)
+                    data = graph_bytes(model)
+                else:
+                    source, used = reference.path, reference.stage(entry.name)
+                    data = (source / used.graph).read_bytes()
+                (folder / used.graph).write_bytes(data)
+                # Equal names are equal files: a stage's own are named after it, others are the checkpoint's.
+                for file in {weight.file for weight in used.weights}:
+                    (folder / file).parent.mkdir(exist_ok=True)
+                    if not (folder / file).exists():
+                        (folder / file).hardlink_to(source / file)
+                entries.append(used)
+            shutil.copytree(reference.path / "tokenizers", folder / "tokenizers")
+            yield Bundle(folder, replace(manifest, target=CPU, stages=tuple(entries), files=files))
+        finally:
+            shutil.rmtree(folder)
+
+    def _gated(self, reference: Bundle, bundle: Bundle, manifest: Manifest, work: _Work, scales: ScaleFile) -> Manifest:
+        """Measure ``bundle`` against its reference, and refuse it if it is not good enough."""
         request = self.request
         usual = QualityThresholds.for_precisions(work.words())
         least = usual.psnr_db if request.min_psnr_db is None else request.min_psnr_db
         thresholds = QualityThresholds(least, request.min_cosine)
         calibration, held_out = split_prompts(work.prompts)
-        # Files are listed when a bundle is sealed; until then the tokenizers are found as the reference's.
-        unsealed = Bundle(writer.folder, replace(manifest, files=reference.manifest.files))
         report = measure_quality(
             Pipeline(reference),
-            Pipeline(unsealed),
+            Pipeline(bundle),
             held_out,
             request.seed + len(calibration),
             request.steps,
@@ -229,13 +282,3 @@ class _Work:
         """The 8-bit precisions in use, as the command line calls them."""
         used = {self.recipe.precision[stage] for stage in self.formats}
         return [precision.value for precision in Precision if precision in used or precision is self.recipe.attention]
-
-
-def _head(weight: Resolved) -> bytes:
-    """The first bytes of a weight, as many as a fingerprint looks at."""
-    head = b""
-    for piece in weight.pieces(HEAD_BYTES):  # at least a row, which may be less
-        head += piece.tobytes()
-        if len(head) >= HEAD_BYTES:
-            break
-    return head[:HEAD_BYTES]

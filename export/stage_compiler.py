@@ -11,20 +11,20 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import onnx_ir as ir
 
-from reelforge.export.assemble import EIGHT_BIT_DTYPES, STORED_DTYPES, assemble_stage, capture_stage
+from reelforge.export.assemble import EIGHT_BIT_DTYPES, STORED_DTYPES, assemble_stage
 from reelforge.export.build_request import BuildEvents
-from reelforge.export.capture import Trace
+from reelforge.export.capture import Trace, capture_part
 from reelforge.export.checkpoint.sources import Resolved
 from reelforge.export.graph_file import check_graph, count_nodes, graph_bytes, graph_digest
 from reelforge.export.lower import EightBit, lower
 from reelforge.export.passes.quantise_layers import QuantisedLayer
 from reelforge.export.quantisation import StagePlan
-from reelforge.export.stage import Stage
+from reelforge.export.stage import Part, Stage, Value
 from reelforge.export.weights import WeightPlacer, converted_bytes
 from reelforge.runtime.bundle.write import BundleWriter
 from reelforge.runtime.manifest import StageEntry, WeightEntry
@@ -33,6 +33,10 @@ from reelforge.runtime.recipe import Precision, Recipe, Target
 
 class _Abandoned(BaseException):
     """Raised in the weights' thread when the build has already failed elsewhere."""
+
+
+_Kind = tuple[Part, tuple[Value, ...], Precision]
+"""What a trace depends on: a part without its repeats, what it reads, and the precision."""
 
 
 @dataclass
@@ -48,7 +52,7 @@ class StageCompiler:
     target: Target
     resolved: Mapping[str, Mapping[str, Resolved]]
     events: BuildEvents
-    _traces: dict[tuple[str, Precision], tuple[Trace, ...]] = field(default_factory=dict)
+    _traces: dict[_Kind, Trace] = field(default_factory=dict)
 
     def compile(
         self, stages: Sequence[Stage], recipe: Recipe, plans: Mapping[str, StagePlan], writer: BundleWriter
@@ -105,11 +109,34 @@ class StageCompiler:
             self.events.notice(f"warning: the weight {name} holds {count} NaN or infinite elements.")
         return tuple(entries)
 
+    def graph(
+        self, stage: Stage, base: Precision, plan: StagePlan | None, weights: Mapping[str, WeightEntry]
+    ) -> ir.Model:
+        """Return the graph of a stage, or of a part of one, as the target takes it.
+
+        Args:
+            stage: What to assemble.
+            base: Precision of what is not in 8 bits.
+            plan: What quantisation changes in the whole stage.
+            weights: Where each parameter lies, by name; more than the stage's may be given.
+        """
+        model = assemble_stage(stage, self._trace(stage, base), base, weights)
+        own = set(stage.parameter_shapes())
+        prefixes = tuple(prefix for part in stage.parts for prefix in part.prefixes() if prefix)
+        plan = plan or StagePlan()
+        layers = {layer: _quantised(layer, plan, weights) for layer in plan.layers if f"{layer}.weight" in own}
+        attentions = {name: scales for name, scales in plan.attentions.items() if name.startswith(prefixes)}
+        return lower(model, self.target, EightBit(layers, attentions))
+
     def _trace(self, stage: Stage, precision: Precision) -> tuple[Trace, ...]:
-        key = (stage.name, precision)
-        if key not in self._traces:
-            self._traces[key] = capture_stage(stage, precision)
-        return self._traces[key]
+        traces = []
+        for part in stage.parts:
+            read = tuple(stage.values[port.value] for port in part.input_ports)
+            kind = (replace(part, first=0, repeat=1), read, precision)
+            if kind not in self._traces:
+                self._traces[kind] = capture_part(part, stage.values, precision)
+            traces.append(self._traces[kind])
+        return tuple(traces)
 
     def _finish(
         self,
@@ -120,11 +147,8 @@ class StageCompiler:
         writer: BundleWriter,
     ) -> StageEntry:
         precision = recipe.precision[stage.name]
-        base = recipe.base(stage.name)
-        model = assemble_stage(stage, self._trace(stage, base), base, weights)
         plan = plans.get(stage.name, StagePlan())
-        layers = {layer: _quantised(layer, plan, weights) for layer in plan.layers}
-        lower(model, self.target, EightBit(layers, plan.attentions))
+        model = self.graph(stage, recipe.base(stage.name), plan, weights)
         data = graph_bytes(model)
         name = f"{stage.name}.onnx"
         check_graph(data, name)
@@ -136,7 +160,7 @@ class StageCompiler:
             inputs=stage.tensor_infos(stage.inputs),
             outputs=stage.tensor_infos(stage.outputs),
             weights=tuple(weights.values()),
-            tolerance=None if plan.layers or plan.attentions else stage.tolerance[precision.value],
+            tolerance=None if plan.layers or plan.attentions else stage.tolerance.get(precision.value),
             parity=None,
             nodes=count_nodes(model),
         )

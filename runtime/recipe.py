@@ -210,17 +210,21 @@ def parse_precisions(text: str) -> dict[str, Precision]:
 
 
 def resolve_precisions(
-    chosen: Mapping[str, Precision], stages: Sequence[str], quantised_by_default: Sequence[str]
+    chosen: Mapping[str, Precision],
+    stages: Sequence[str],
+    quantised_by_default: Sequence[str],
+    base: Precision = Precision.FP32,
 ) -> dict[str, Precision]:
     """Return the precision of every stage.
 
     An 8-bit precision for the model (``"*"``) means the stages of ``quantised_by_default``; the others, and what
-    nothing is said about, are fp32.
+    nothing is said about, have the precision ``base``.
 
     Args:
         chosen: From :func:`parse_precisions`.
         stages: The model's stages; the result has their order.
         quantised_by_default: Those that an 8-bit precision for the model covers.
+        base: Of everything else.
 
     Raises:
         RequestError: For a stage that the model does not have.
@@ -233,9 +237,9 @@ def resolve_precisions(
             expected=", ".join(stages),
             fix="write for example dit=int8,llm=fp16",
         )
-    general = chosen.get(EVERY_STAGE, Precision.FP32)
+    general = chosen.get(EVERY_STAGE, base)
     result = {}
     for stage in stages:
-        fallback = Precision.FP32 if general.quantised and stage not in quantised_by_default else general
+        fallback = base if general.quantised and stage not in quantised_by_default else general
         result[stage] = chosen.get(stage, fallback)
     return result

@@ -20,7 +20,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from reelforge.export import assemble
+from reelforge.export import stage_compiler
 from reelforge.export.build import build_bundle
 from reelforge.export.build_request import BuildEvents, BuildRequest, CalibrationRequest
 from reelforge.export.capture import Trace, capture_part
@@ -87,7 +87,7 @@ class TraceMemory:
     def used(self) -> Iterator[None]:
         """Let builds in this process take their traces from here."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(assemble, "capture_part", self)
+            patch.setattr(stage_compiler, "capture_part", self)
             yield
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -18,6 +19,7 @@ from reelforge.tools.build_report import node_table, quality_table, shown
 from reelforge.tools.quantisation_options import calibration_options, parse_kept, precision_of, read_recipe
 
 if TYPE_CHECKING:
+    from reelforge.export.build_request import BuildRequest
     from reelforge.runtime.manifest import Manifest
 
 
@@ -28,13 +30,23 @@ if TYPE_CHECKING:
 )
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Bundle folder; must not exist.")
-@click.option("--target", default="cpu", show_default=True, help="Backend that will execute the engines.")
+@click.option(
+    "--target",
+    default="cpu",
+    show_default=True,
+    help="What will execute the engines: cpu or cuda (ONNX Runtime), rtx:sm89+sm120 (TensorRT-RTX plans for these "
+    "architectures) or trt:sm90 (TensorRT).",
+)
 @click.option(
     "--precision",
-    default="fp32",
-    show_default=True,
-    help="fp32, fp16, int8 or fp8; or by stage, e.g. dit=fp8,llm=int8,vae_decoder=fp16. A lone int8 or fp8 means the "
-    "layers of dit. Norms, softmax, latents and timesteps are always fp32.",
+    help="fp32, bf16, fp16, int8 or fp8; or by stage, e.g. dit=fp8,llm=int8,vae_decoder=fp16. A lone int8 or fp8 means "
+    "the layers of dit. Norms, softmax, latents and timesteps are always fp32. By default fp32 on the CPU, bf16 for "
+    "plans (fp16 with sm75).",
+)
+@click.option(
+    "--high-precision",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    help="Of what is not in 8 bits in a stage that is. By default as a stage without 8-bit layers.",
 )
 @click.option(
     "--keep",
@@ -74,8 +86,9 @@ if TYPE_CHECKING:
 @click.option(
     "--shapes",
     default="",
-    help="Videos to serve, HEIGHTxWIDTHxFRAMES separated by commas, e.g. 720x1280x129,544x960x129. Requests must then "
-    "lie between the smallest and the largest, per dimension, or be one frame. Any size by default.",
+    help="Videos to serve, HEIGHTxWIDTHxFRAMES separated by commas, e.g. 720x1280x129,544x960x129. Plans serve these "
+    "and one frame of each size, by default the model's own; ONNX Runtime also serves what lies between the smallest "
+    "and the largest, per dimension, and by default any size.",
 )
 @click.option("--stages", default="", help="Build only these, separated by commas; such a bundle cannot generate.")
 @click.option(
@@ -94,13 +107,24 @@ if TYPE_CHECKING:
     help="File with the text around a prompt ({} marks its place). By default the checkpoint's own, or an installed "
     "diffusers' (its digest is checked).",
 )
+@click.option("--cache-dir", type=click.Path(path_type=Path), help="Of compiled plans; $XDG_CACHE_HOME/reelforge.")
+@click.option("--cache-size", default="50GB", show_default=True, help="What was not used for longest goes first.")
+@click.option("--no-cache", is_flag=True, help="Compile every plan, and keep none for other builds.")
+@click.option(
+    "--builder-memory",
+    type=click.FloatRange(0, min_open=True),
+    help="GB that compiling a plan may take; a stage that needs more is cut into parts, which run one after the other. "
+    "By default half of the machine's.",
+)
+@click.option("--plan", "only_plan", is_flag=True, help="Only predict what this build costs (see `reelforge plan`).")
 @click.option("--verify", is_flag=True, help="Run each stage against its PyTorch reference and store the difference.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout; no progress.")
 def build_engine(
     checkpoint: Path,
     output: Path,
     target: str,
-    precision: str,
+    precision: str | None,
+    high_precision: str | None,
     keep: tuple[str, ...],
     recipe: Path | None,
     attention: str | None,
@@ -121,6 +145,11 @@ def build_engine(
     batch: int,
     numerics: str,
     prompt_template: Path | None,
+    cache_dir: Path | None,
+    cache_size: str,
+    no_cache: bool,
+    builder_memory: float | None,
+    only_plan: bool,
     verify: bool,
     as_json: bool,
 ) -> None:
@@ -136,17 +165,22 @@ def build_engine(
     With int8 or fp8 the model is first built in fp32 and run over prompts and all steps to find scales; the finished
     bundle is measured against it on other prompts, and refused if its videos are too far off (exit code 6).
 
+    Plans for rtx and trt are compiled in processes of their own, checked layer by layer against what was asked for,
+    and kept in a cache for other builds. TensorRT-RTX needs no GPU for that; TensorRT compiles for the GPU at hand.
+
     \b
     Examples:
       build-engine models/HunyuanVideo -o hv.bundle
       build-engine ckpts -o hv-720p.bundle --precision fp16 --shapes 720x1280x129,544x960x129
       build-engine ckpts -o hv-int8.bundle --precision int8 --calibration-prompts prompts.txt
+      build-engine ckpts -o hv-rtx.bundle --target rtx:sm89+sm120 --precision fp8 --attention fp8
     """  # noqa: D301 - \b is click's mark for text that it does not wrap
     parsed_target = Target.parse(target)
     parsed_shapes = tuple(VideoShape.parse(text) for text in shapes.split(",") if text.strip())
     from reelforge.calibration.scale_methods import ScaleMethod
     from reelforge.export.build import build_bundle
-    from reelforge.export.build_request import BuildRequest, CalibrationRequest
+    from reelforge.export.build_request import BuildRequest, CalibrationRequest, CompilationRequest
+    from reelforge.export.cache import default_folder, parse_size
     from reelforge.export.models.hunyuan_video.spec_from_checkpoint import Numerics
 
     if not checkpoint.is_dir():
@@ -155,20 +189,22 @@ def build_engine(
             expected="a folder in diffusers' or Tencent's layout",
             fix="download the model first; hub names are not resolved",
         )
-    if recipe is not None and (keep or precision != "fp32"):
+    if recipe is not None and (keep or precision is not None):
+        said = ([] if precision is None else [f"--precision {precision}"]) + [f"--keep {text}" for text in keep]
         raise RequestError(
             "a recipe file is given together with --precision or --keep.",
-            received=" ".join([f"--recipe {recipe} --precision {precision}", *(f"--keep {text}" for text in keep)]),
+            received=" ".join([f"--recipe {recipe}", *said]),
             expected="one of them: the file says precisions and kept layers",
             fix="leave --precision and --keep out",
         )
-    stated = QuantisationRecipe(parse_precisions(precision), parse_kept(keep))
+    stated = QuantisationRecipe({} if precision is None else parse_precisions(precision), parse_kept(keep))
     chosen = stated if recipe is None else read_recipe(recipe)
     request = BuildRequest(
         checkpoint=checkpoint,
         output=output,
         target=parsed_target,
         precision=chosen.precision,
+        high_precision=precision_of(high_precision),
         kept=chosen.kept,
         attention=precision_of(attention),
         shapes=parsed_shapes,
@@ -191,7 +227,15 @@ def build_engine(
             min_cosine=min_cosine,
             gated=not no_gate,
         ),
+        compilation=CompilationRequest(
+            cache=None if no_cache else cache_dir or default_folder(os.environ, Path.home()),
+            cache_bytes=parse_size(cache_size),
+            memory_bytes=None if builder_memory is None else int(builder_memory * 1e9),
+        ),
     )
+    if only_plan:
+        _show_plan(request, as_json)
+        return
     started = time.monotonic()
     finished: dict[str, float] = {}
     with shown(as_json, lambda entry: finished.update({entry.name: time.monotonic() - started})) as events:
@@ -204,6 +248,20 @@ def build_engine(
     if manifest.quality is not None:
         terminal.print(quality_table(manifest.quality))
     terminal.print(f"{output}: built in {time.monotonic() - started:.1f} s, content {manifest.content_digest[:16]}")
+
+
+def _show_plan(request: BuildRequest, as_json: bool) -> None:
+    from reelforge.export.planner.checkpoint import plan_checkpoint
+    from reelforge.export.planner.plan import PlanOptions
+    from reelforge.export.planner.refusals import require_fit
+    from reelforge.tools import plan, plan_report
+
+    planned = plan_checkpoint(request, PlanOptions(host_bytes=plan.host_memory()))
+    if as_json:
+        click.echo(json.dumps(plan_report.as_json(planned)))
+    else:
+        plan_report.show(planned, Console())
+    require_fit(planned.refusals)
 
 
 def _as_json(manifest: Manifest, output: Path, seconds: float, finished: dict[str, float]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def no_tracing(monkeypatch: pytest.MonkeyPatch) -> None:
     def trace(*_: object) -> None:
         raise AssertionError("the fault was not found before the work began")
 
-    monkeypatch.setattr(stage_compiler, "capture_stage", trace)
+    monkeypatch.setattr(stage_compiler, "capture_part", trace)
 
 
 # The output.

@@ -28,7 +28,7 @@ def stop_in_capture(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> No
     def trace(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(stage_compiler, "capture_stage", trace)
+    monkeypatch.setattr(stage_compiler, "capture_part", trace)
 
 
 def test_ctrl_c_while_tracing(tiny_checkpoint: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +53,7 @@ def test_ctrl_c_while_weights_are_placed(tiny_checkpoint: Path, output: Path, mo
             time.sleep(0.001)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stage_compiler, "capture_stage", trace)
+    monkeypatch.setattr(stage_compiler, "capture_part", trace)
     with pytest.raises(KeyboardInterrupt):
         build(tiny_checkpoint, output, events=BuildEvents(weights=weights))
     ended = time.monotonic()
@@ -88,15 +88,15 @@ from reelforge.tools.build_engine import main
 from tests.bundles import TraceMemory
 
 memory, moment, *arguments = sys.argv[1:]
-owner, name = {"capture": (stage_compiler, "capture_stage"), "graph": (stage_compiler, "graph_bytes"),
+owner, name = {"capture": (stage_compiler, "capture_part"), "graph": (stage_compiler, "graph_bytes"),
                "seal": (BundleWriter, "seal")}[moment]
 
 def wait(*_):
     print("waiting", flush=True)
     time.sleep(600)
 
-setattr(owner, name, wait)
 with TraceMemory(Path(memory)).used():
+    setattr(owner, name, wait)
     main(arguments)
 """
 
