@@ -1,0 +1,69 @@
+"""Base precisions by target: defaults that every architecture computes, refusals that say what to do."""
+
+from __future__ import annotations
+
+import pytest
+
+from reelforge.export.engines.requirements import takes
+from reelforge.export.target_rules import BASE_RULES, check_bases, default_base
+from reelforge.runtime.architectures import ARCHITECTURES
+from reelforge.runtime.errors import RequestError
+from reelforge.runtime.recipe import Backend, Precision, Recipe, Target
+
+FP32, BF16, FP16, INT8, FP8 = (Precision(word) for word in ("fp32", "bf16", "fp16", "int8", "fp8"))
+
+
+@pytest.mark.parametrize(
+    ("target", "alone", "beside"),
+    [
+        ("cpu", FP32, FP32),
+        ("cuda", FP32, FP32),
+        ("rtx:sm89+sm120", BF16, BF16),
+        ("rtx:sm75", FP16, FP16),
+        ("rtx:sm75+sm89", FP16, FP16),
+        ("trt:sm90", BF16, BF16),
+    ],
+)
+def test_defaults(target: str, alone: Precision, beside: Precision) -> None:
+    assert default_base(Target.parse(target)) is alone
+    assert default_base(Target.parse(target), beside_8_bit=True) is beside
+
+
+@pytest.mark.parametrize("backend", Backend)
+def test_every_default_is_taken_by_every_architecture(backend: Backend) -> None:
+    assert set(BASE_RULES) == set(Backend)
+    for name, facts in ARCHITECTURES.items():
+        if backend.value in facts.backends:
+            target = Target(backend, (name,))
+            assert takes(backend, name, default_base(target))
+            check_bases(Recipe({"dit": default_base(target)}), target)
+            check_bases(Recipe({"dit": INT8}, high_precision=default_base(target, beside_8_bit=True)), target)
+
+
+@pytest.mark.parametrize("target", ["rtx:sm89", "trt:sm90"])
+@pytest.mark.parametrize("base", [BF16, FP16])
+def test_plans_take_either_half_precision(target: str, base: Precision) -> None:
+    check_bases(Recipe({"llm": base, "dit": FP8}, high_precision=base), Target.parse(target))
+
+
+@pytest.mark.parametrize(
+    ("target", "recipe", "message", "fix"),
+    [
+        ("cpu", Recipe({"llm": BF16, "dit": FP32}), "cpu does not compute llm in bf16: ONNX Runtime", "--precision"),
+        (
+            "cpu",
+            Recipe({"dit": INT8}, high_precision=FP16),
+            "cpu does not compute dit in fp16 beside 8-bit layers",
+            "use fp32 for the high precision",
+        ),
+        ("cuda", Recipe({"dit": BF16}), "cuda does not compute dit in bf16", "use fp32 for --precision"),
+        ("rtx:sm89", Recipe({"dit": FP32}), "its compiler has no fp32 attention", "use bf16 for --precision"),
+        ("rtx:sm75", Recipe({"clip": FP32, "llm": FP32}), "clip, llm in fp32", "use fp16 for --precision"),
+        ("rtx:sm89", Recipe({"dit": FP8}), "dit in fp32 beside 8-bit layers", "use bf16 for the high precision"),
+    ],
+)
+def test_refusals(target: str, recipe: Recipe, message: str, fix: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        check_bases(recipe, Target.parse(target))
+    assert message in str(caught.value)
+    assert fix in str(caught.value)
