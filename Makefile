@@ -66,7 +66,7 @@ demo: $(STAMP) ## Build the INT8 demo bundle; generate out/demo.mp4 and the cont
 out/demo.bundle/manifest.json: $(DEMO_CHECKPOINT)/model_index.json demo/calibration_prompts.txt $(SOURCES)
 	rm -rf out/demo.bundle
 	"$(BIN)/build-engine" $(DEMO_CHECKPOINT) -o out/demo.bundle --precision int8 \
-		--calibration-prompts demo/calibration_prompts.txt
+		--calibration-prompts demo/calibration_prompts.txt --smoothing 0.5
 	@touch "$@"
 
 # Stands in for the trained checkpoint where there is none: random weights of the same architecture.

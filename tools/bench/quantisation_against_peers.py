@@ -64,7 +64,14 @@ class Ours:
         return f"reelforge {self.precision} {self.method}{smoothed}"
 
 
-OURS = (Ours("int8", "max"), Ours("int8", "mse"), Ours("int8", "max", 0.5), Ours("fp8", "max"), Ours("fp8", "mse"))
+OURS = (
+    Ours("int8", "max"),
+    Ours("int8", "mse"),
+    Ours("int8", "max", 0.5),
+    Ours("fp8", "max"),
+    Ours("fp8", "mse"),
+    Ours("fp8", "max", 0.5),
+)
 LARGE_OURS = (Ours("int8", "max"), Ours("int8", "entropy"))
 
 
