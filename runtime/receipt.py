@@ -47,7 +47,7 @@ class Receipt:
         plan_bytes: The plan's size.
         backend: Library and version, ``tensorrt_rtx 1.7.1.116``.
         architectures: That the plan serves.
-        layers: In execution order.
+        layers: In execution order, under the first profile; a build checks the others too.
         weight_bytes: Constants in the plan, as the compiler counts them.
         activation_bytes: Profile name -> device memory beside weights, inputs and outputs.
         build_seconds: Of the compiler's call.

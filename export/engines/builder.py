@@ -7,6 +7,11 @@ child process, because the libraries abort and die for want of memory; nothing h
 What the compiler must be told beyond the graph concerns attention. The probabilities' format lies inside the node: with
 ``normalization_quantize_to_type`` and a scale the kernel takes FP8, provided that every profile has at least 32 tokens.
 An attention that no kernel covers (head dim 512) is refused unless it is marked ``decomposable``.
+
+What a build of TensorRT-RTX 1.7 holds in anonymous memory, measured with 0.45 to 2.3 GB of weights: 0.3 GB and the
+weights once; twice where it merges products that share their input (q, k and v; not those with Q/DQ). The mapped graph
+is file-backed, and the plan leaves in pieces of 64 MiB. More profiles cost neither weights nor memory, but some hundred
+kilobytes of plan each.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ _KINDS = {
     "conv": "convolution",
     "reformat": "reformat",
     "cast": "cast",
+    "copy": "reformat",
 }
 _GENERATED = ("kgen", "runtime_fusion")
 _PRODUCTS = {"Fc": "gemm", "Gemm": "gemm", "Conv": "convolution", "Corr": "convolution"}
