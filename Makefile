@@ -27,7 +27,7 @@ TEST_OPTIONS ?=
 DEMO_PROMPT ?= a red circle moving right on a black background
 DEMO_CHECKPOINT := $(if $(wildcard demo/checkpoint/model_index.json),demo/checkpoint,out/demo.checkpoint)
 
-.PHONY: help env demo test lint train-demo clean distclean
+.PHONY: help env demo test lint train-demo full-size clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -89,6 +89,9 @@ test: lint ## Check style and types, then run all tests
 
 train-demo: $(STAMP) ## Train the demo checkpoint again (about an hour on two cores)
 	"$(BIN)/python" -m demo.train
+
+full-size: $(STAMP) ## Compile a synthetic model of 13 billion parameters to FP8 plans (60 GB of disk, half an hour)
+	"$(BIN)/python" -m reelforge.tools.bench.full_size --work out/full_size
 
 clean: ## Remove what the other targets made, except the environment
 	rm -rf out .typing .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from reelforge.export.build_request import BuildEvents, BuildRequest
 from reelforge.export.build_source import open_source
-from reelforge.export.plans import add_plans
+from reelforge.export.plans import add_plans, find_compiler
 from reelforge.export.quantised_build import QuantisedBuild
 from reelforge.export.stage_compiler import StageCompiler
 from reelforge.export.verify import measure_parity
@@ -32,12 +32,15 @@ def build_bundle(request: BuildRequest, events: BuildEvents | None = None) -> Ma
         CheckpointError: If the checkpoint is incomplete, damaged, or of another family.
         CalibrationError: If 8-bit stages cannot be calibrated, or the scale file does not belong to the checkpoint.
         VerificationError: If the quantised bundle is not good enough.
-        BuildError: If the output folder exists or the disk is full; nothing is left of the bundle.
+        BuildError: If the output folder exists, the disk is full, a compiler is not installed or refuses a graph, or
+            its plan is not what the recipe says; nothing is left of the bundle.
     """
     events = events or BuildEvents()
     with BundleWriter(request.output) as writer:
         source = open_source(request)
         chosen, recipe = source.chosen_stages(), source.recipe()
+        if request.target.backend.has_plans:
+            find_compiler(request.target)
         compiler = StageCompiler(request.target, source.resolved, events)
         source.write_tokenizers(writer)
         if recipe.calibrated:

@@ -15,7 +15,7 @@ from reelforge.export.build_request import BuildRequest
 from reelforge.export.checkpoint.component import Checkpoint
 from reelforge.export.checkpoint.open import open_checkpoint
 from reelforge.export.checkpoint.sources import Resolved
-from reelforge.export.engines.profiles import named_shapes
+from reelforge.export.engines.profiles import named_shapes, profiles_for
 from reelforge.export.engines.requirements import compatible_groups, stage_precisions
 from reelforge.export.family import FAMILIES, Family
 from reelforge.export.prompt_template import find_prompt_template
@@ -107,9 +107,11 @@ class BuildSource:
         check_bases(recipe, target)
         if not target.backend.has_plans:
             return recipe
-        for stage in recipe.precision:
-            compatible_groups(target, self.computed_in(recipe, stage))
-        return replace(recipe, shapes=named_shapes(self.spec, recipe))
+        recipe = replace(recipe, shapes=named_shapes(self.spec, recipe))
+        for stage in self.chosen_stages():
+            compatible_groups(target, self.computed_in(recipe, stage.name))
+            profiles_for(stage, self.spec, recipe, self.template)
+        return recipe
 
     def computed_in(self, recipe: Recipe, stage: str) -> frozenset[Precision]:
         """Return what the products and attentions of a stage are computed in."""

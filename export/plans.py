@@ -15,9 +15,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from reelforge.export.assemble import EIGHT_BIT_DTYPES
 from reelforge.export.build_request import BuildEvents
 from reelforge.export.build_source import BuildSource
 from reelforge.export.cache import PlanCache, PlanKey
+from reelforge.export.engines.builder_memory import weights_that_fit
 from reelforge.export.engines.channel import Progress
 from reelforge.export.engines.compile import compile_plan
 from reelforge.export.engines.expected import expected_of
@@ -32,15 +34,11 @@ from reelforge.export.stage import Stage
 from reelforge.export.stage_compiler import StageCompiler
 from reelforge.runtime.bundle.write import BundleWriter
 from reelforge.runtime.codec import from_json
+from reelforge.runtime.cuda.driver import open_cuda
+from reelforge.runtime.errors import BuildError, EngineError
 from reelforge.runtime.manifest import PlanEntry, ProfileEntry, StageEntry, TensorInfo, WeightEntry
 from reelforge.runtime.receipt import Receipt
 from reelforge.runtime.recipe import Backend, Precision, Recipe, Target
-
-BUILDER_RATIO = 1.6
-"""Anonymous memory of a compiler at its peak over the bytes of weights in the plan that it streams to the disk.
-
-Measured with TensorRT-RTX 1.7.1.116, and rounded up.
-"""
 
 _MODULES = {Backend.RTX: "tensorrt_rtx", Backend.TRT: "tensorrt"}
 _DTYPES = {Precision.FP32: "float32", Precision.BF16: "bfloat16", Precision.FP16: "float16"}
@@ -71,9 +69,8 @@ def add_plans(
         BuildError: If a compiler is not installed, refuses a graph, or its plan is not what the recipe says.
     """
     request = source.request.compilation
-    installed_backend(compiler.target.backend)
     maker = PlanMaker(
-        target=compiler.target,
+        library=find_compiler(compiler.target),
         writer=writer,
         cache=None if request.cache is None else PlanCache(request.cache, request.cache_bytes, compiler.events.notice),
         memory_bytes=request.memory_bytes or machine_memory_bytes() // 2,
@@ -130,18 +127,31 @@ class StageGraph:
 
 
 @dataclass(frozen=True)
+class Library:
+    """A compiler on this machine.
+
+    Attributes:
+        name: Library and version, ``tensorrt_rtx 1.7.1.116``.
+        gpu: Name of the GPU that it compiles for; empty where it needs none.
+    """
+
+    name: str
+    gpu: str = ""
+
+
+@dataclass(frozen=True)
 class PlanMaker:
     """Compiles the plans of one build.
 
     Attributes:
-        target: Backend and architectures.
+        library: What compiles.
         writer: The bundle.
         cache: Plans of earlier builds; None compiles all.
         memory_bytes: What a compiler may occupy; a stage that needs more is cut into parts.
         events: Where to report.
     """
 
-    target: Target
+    library: Library
     writer: BundleWriter
     cache: PlanCache | None
     memory_bytes: int
@@ -155,7 +165,9 @@ class PlanMaker:
             weights: Its entries, by name; those of 8-bit weights are their codes.
             base: What everything else becomes in the plan.
         """
-        return partition(stage, plan_sizes(stage, weights, base), max(1, int(self.memory_bytes / BUILDER_RATIO)))
+        sizes = plan_sizes(stage, weights, base)
+        eight_bit = sum(size for name, size in sizes.items() if weights[name].dtype in EIGHT_BIT_DTYPES)
+        return partition(stage, sizes, weights_that_fit(self.memory_bytes, eight_bit / sum(sizes.values())))
 
     def add_plans(
         self,
@@ -231,11 +243,10 @@ class PlanMaker:
                 lambda pid: self.events.plan(name, pid),
             )
 
-        backend = installed_backend(group.backend)
         if self.cache is None:
             build(Path(request.plan), Path(request.receipt))
         else:
-            key = PlanKey(request, graph.digest, backend)
+            key = PlanKey(request, graph.digest, self.library.name, self.library.gpu)
             self.cache.fetch_or_build(key, build, Path(request.plan), Path(request.receipt))
         made = from_json(Receipt, json.loads(Path(request.receipt).read_text(encoding="utf-8")))
         return PlanEntry(
@@ -265,19 +276,41 @@ def plan_sizes(stage: Stage, weights: Mapping[str, WeightEntry], base: Precision
     """
     each = 4 if base is Precision.FP32 else 2
     return {
-        name: math.prod(shape) * (1 if weights[name].dtype in ("I8", "F8_E4M3") else each)
+        name: math.prod(shape) * (1 if weights[name].dtype in EIGHT_BIT_DTYPES else each)
         for name, shape in stage.parameter_shapes().items()
     }
 
 
-def installed_backend(backend: Backend) -> str:
-    """Return library and version of an installed compiler, ``tensorrt_rtx 1.7.1.116``, without importing it.
+def find_compiler(target: Target) -> Library:
+    """Return what compiles plans of ``target`` on this machine.
 
     Raises:
-        BuildError: If it is not installed.
+        BuildError: If it is not installed, or needs a GPU that is not here.
     """
-    name = _MODULES[backend]
+    name = _MODULES[target.backend]
     try:
-        return f"{name} {importlib.metadata.version(name)}"
+        library = f"{name} {importlib.metadata.version(name)}"
     except importlib.metadata.PackageNotFoundError:  # installed without a package's data, or not at all
-        return backend_name(load_module(backend))
+        library = backend_name(load_module(target.backend))
+    return Library(library, _gpu(target) if target.backend is Backend.TRT else "")
+
+
+def _gpu(target: Target) -> str:
+    """Return the name of the GPU that TensorRT compiles for: the first of this machine."""
+    try:
+        gpu = open_cuda().device
+    except EngineError as error:
+        raise BuildError(
+            f"TensorRT compiles for the GPU that it runs on, and there is none for {target}.",
+            received=str(error).splitlines()[0],
+            expected=f"a GPU of architecture {'+'.join(target.architectures)}",
+            fix="build on a machine with that GPU; plans for rtx need none",
+        ) from error
+    if target.architectures != (gpu.architecture,):
+        raise BuildError(
+            "TensorRT compiles for the GPU that it runs on, which is another one.",
+            received=f"{gpu.name}, {gpu.architecture}",
+            expected=f"a GPU of architecture {'+'.join(target.architectures)}, and a target of one architecture",
+            fix=f"use --target trt:{gpu.architecture}, or another machine",
+        )
+    return gpu.name

@@ -26,15 +26,20 @@ def read_weight(folder: Path, entry: WeightEntry) -> Tensor:
 
 
 def run_stage(
-    stage: Stage, folder: Path, weights: Mapping[str, WeightEntry], inputs: Mapping[str, np.ndarray]
+    stage: Stage,
+    folder: Path,
+    weights: Mapping[str, WeightEntry],
+    inputs: Mapping[str, np.ndarray],
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, np.ndarray]:
-    """Run ``stage`` in fp32.
+    """Run ``stage`` in PyTorch.
 
     Args:
         stage: What to run.
         folder: The bundle's folder, which the entries' files are relative to.
         weights: The stage's weights by name.
         inputs: By name, shaped as the stage declares.
+        dtype: Of parameters and values inside; what crosses the stage's boundaries is fp32 all the same.
 
     Returns:
         The stage's outputs by name.
@@ -43,7 +48,7 @@ def run_stage(
     collected: dict[str, list[Tensor]] = {}
     with torch.inference_mode():
         for part in stage.parts:
-            module = part.build().eval()
+            module = part.build().eval().to(dtype)
             for index, prefix in enumerate(part.prefixes(), part.first):
                 with torch.no_grad():
                     for name, parameter in module.named_parameters():

@@ -113,6 +113,10 @@ class Bundle:
         for stage in self.manifest.stages:
             if stage.graph not in sizes:
                 raise self._damaged(f"names the graph {stage.graph!r} of stage {stage.name!r} but does not list it", "")
+            for plan in stage.plans:
+                for file in (plan.path, plan.receipt):
+                    if file not in sizes:
+                        raise self._damaged(f"names {file!r} of stage {stage.name!r} but does not list it", "")
             for weight in stage.weights:
                 end = weight.offset + weight.length
                 if weight.file not in sizes or weight.offset < 0 or weight.length < 0 or end > sizes[weight.file]:

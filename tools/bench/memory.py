@@ -41,7 +41,7 @@ def run_sampled(command: Sequence[str], limit_s: float | None = None) -> Usage:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         status = Path(f"/proc/{process.pid}/status")
         while process.poll() is None:
-            fields = _fields(status)
+            fields = status_fields(status)
             anonymous = max(anonymous, fields.get("RssAnon", 0))
             file_backed = max(file_backed, fields.get("RssFile", 0))
             if limit_s is not None and time.monotonic() - started > limit_s:
@@ -54,7 +54,7 @@ def run_sampled(command: Sequence[str], limit_s: float | None = None) -> Usage:
     return Usage(time.monotonic() - started, anonymous, file_backed, output)
 
 
-def _fields(status: Path) -> dict[str, int]:
+def status_fields(status: Path) -> dict[str, int]:
     """Return the sizes in a status file, in bytes; empty once the process is gone."""
     try:
         lines = status.read_text().splitlines()
