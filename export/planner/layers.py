@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from reelforge.calibration.rules import StageRules, matches
-from reelforge.export.planner.work import Attention, Call, Live
+from reelforge.export.planner.work import Attention, Call, Live, Moment
 from reelforge.runtime.recipe import Precision, Recipe
 
 BYTES: Mapping[Precision, int] = {
@@ -73,11 +73,19 @@ class StageLayers:
         """Return the precision in which an attention of this stage is computed."""
         return self.attention if attention.quantisable else self.base
 
-    def live_bytes(self, live: Live) -> int:
-        """Return the size of a tensor that is alive."""
+    def moment_bytes(self, moment: Moment) -> int:
+        """Return the size of what is alive at a moment; nothing, if the moment does not exist in these precisions."""
+        if moment.layer and self.layers[moment.layer].precision.quantised is not moment.eight_bit:
+            return 0
+        return sum(live.elements * BYTES[self._precision(live)] for live in moment.live)
+
+    def _precision(self, live: Live) -> Precision:
+        if live.fp32:
+            return Precision.FP32
+        if live.attended:
+            return self.attention
         found = self.layers.get(live.read_by)
-        precision = self.base if found is None else found.precision
-        return live.elements * BYTES[Precision.FP32 if live.fp32 else precision]
+        return self.base if found is None else found.precision
 
 
 def stage_layers(

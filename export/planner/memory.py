@@ -21,14 +21,16 @@ from reelforge.export.stage import Stage
 _ELEMENT_BYTES = {"float32": 4, "int64": 8}
 
 EXPORT_BYTES = Constant(0.53e9, "benchmarks/export.md: peak anonymous memory, fp16, weights are streamed")
-CODE_BYTES_PER_LAYER = Constant(
-    0.1e6, "plans of one block of each stage for sm89+sm120 exceed their weights by 0.9-4.3 MB (10-20 layers)"
-)
+CODE_BASE_BYTES = Constant(1.7e6, "plans of 1+1 and 4+4 blocks for sm89+sm120 exceed their weights by 4.3 and 11.2 MB")
+CODE_BYTES_PER_LAYER = Constant(0.12e6, "slope of the same plans, 20 and 80 layers; once per profile")
+ARENA_BASE_BYTES = Constant(8.4e6, "what TensorRT-RTX 1.7.1 states as activations of plans too small to need any")
 BUILDER_BASE_BYTES = Constant(0.2e9, "intercept over plans of 0.36-2.7 GB: peak anonymous memory, TensorRT-RTX 1.7.1")
 BUILDER_SHARE_16 = Constant(1.9, "slope of the same plans, fp16: 1.9 bytes per byte of weights")
-BUILDER_SHARE_8 = Constant(1.43, "FP8 of the whole transformer: about 18 GB for a plan of 12.55 GB (extrapolated)")
+BUILDER_SHARE_8 = Constant(1.3, "FP8, 4+4 blocks: 1.98 GB of anonymous memory for 1.36 GB of weights, TensorRT-RTX 1.7.1")
 CUT_RATIO = Constant(1.6, "a build cuts a stage whose weights times this exceed what a compiler may occupy")
-BUILDER_SECONDS_PER_LAYER = Constant(0.21, "plans of 12.55 GB in 286 s and of 25.0 GB in 470 s, 482 layers, two cores")
+BUILDER_SECONDS_PER_LAYER = Constant(
+    0.21, "plans of 12.55 GB in 286 s and of 25.0 GB in 470 s, 482 layers, two cores; once per profile"
+)
 BUILDER_SECONDS_PER_BYTE = Constant(14.8e-9, "slope of the same two plans")
 GPU_RESERVED_BYTES = Constant(0.6e9, "an assumption: CUDA context and loaded kernels")
 
@@ -82,7 +84,7 @@ class PhaseMemory:
 
 
 def build_cost(
-    stage: Stage, layers: StageLayers, plans: int, part_limit: int | None = None, parts: int = 1
+    stage: Stage, layers: StageLayers, plans: int, profiles: int = 1, part_limit: int | None = None, parts: int = 1
 ) -> BuildCost:
     """Return the cost of building one stage.
 
@@ -90,6 +92,7 @@ def build_cost(
         stage: What is cut.
         layers: Its layers.
         plans: For how many sets of architectures it is compiled; 0 where the target compiles nothing.
+        profiles: For how many sets of sizes each plan has its own code.
         part_limit: Bytes of weights that one part may hold; None means that ``parts`` says how it is cut.
         parts: Into how many it is cut at most.
     """
@@ -98,8 +101,8 @@ def build_cost(
         return BuildCost(layers.name, weights, weights, 1, 0, 0.0)
     pieces = _equal_parts(stage, layers, parts) if part_limit is None else partition(stage, layers.sizes, part_limit)
     largest = max(sum(layers.sizes[name] for name in piece.parameter_shapes()) for piece in pieces)
-    count = len(layers.layers)
-    plan = weights + int(CODE_BYTES_PER_LAYER.value * count)
+    count = len(layers.layers) * profiles
+    plan = weights + int(CODE_BASE_BYTES.value * len(pieces) + CODE_BYTES_PER_LAYER.value * count)
     seconds = BUILDER_SECONDS_PER_LAYER.value * count + BUILDER_SECONDS_PER_BYTE.value * plan
     compiler = int(BUILDER_BASE_BYTES.value + _share(layers) * largest)
     return BuildCost(layers.name, weights, plan * plans, len(pieces), compiler, seconds * plans)
@@ -122,7 +125,7 @@ def _share(layers: StageLayers) -> float:
 
 def activation_bytes(call: Call, layers: StageLayers) -> int:
     """Return the largest sum of tensors that are alive together."""
-    return max((sum(layers.live_bytes(live) for live in moment) for moment in call.moments), default=0)
+    return max((layers.moment_bytes(moment) for moment in call.moments), default=0)
 
 
 def tensor_bytes(stage: Stage, names: Iterable[str], dimensions: Mapping[str, int]) -> int:

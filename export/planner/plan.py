@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from reelforge.export.engines.profiles import MAX_STEPS
+from reelforge.export.engines.profiles import MAX_STEPS, profiles_for
 from reelforge.export.engines.requirements import compatible_groups, stage_precisions
 from reelforge.export.family import Family
 from reelforge.export.planner.flops import Flops, call_flops
@@ -18,6 +18,7 @@ from reelforge.export.planner.gpus import Gpu
 from reelforge.export.planner.kernels import AttentionKernel, default_kernels
 from reelforge.export.planner.layers import StageLayers, stage_layers
 from reelforge.export.planner.memory import (
+    ARENA_BASE_BYTES,
     CUT_RATIO,
     EXPORT_BYTES,
     BuildCost,
@@ -29,6 +30,7 @@ from reelforge.export.planner.memory import (
 from reelforge.export.planner.roofline import Seconds, call_seconds
 from reelforge.export.planner.work import Phase, StageWork, Workload
 from reelforge.export.stage import Stage
+from reelforge.runtime.manifest import PromptTemplate
 from reelforge.runtime.recipe import Precision, Recipe, Target, VideoShape
 from reelforge.runtime.spec import ModelSpec, VaeTiling
 
@@ -233,10 +235,12 @@ def _build(model: Model, layers: StageLayers, target: Target, recipe: Recipe, op
     rules = model.family.quantisation(model.spec).get(stage.name)
     attends = rules is not None and bool(rules.attentions)
     plans = len(compatible_groups(target, stage_precisions(recipe, stage.name, has_attention=attends)))
+    template = PromptTemplate("", model.template_tokens, "")
+    profiles = len(profiles_for(stage, model.spec, recipe, template))
     if stage.name in options.parts or options.host_bytes is None:
-        return build_cost(stage, layers, plans, parts=options.parts.get(stage.name, 1))
+        return build_cost(stage, layers, plans, profiles, parts=options.parts.get(stage.name, 1))
     limit = int((options.compiler_bytes or options.host_bytes // 2) / CUT_RATIO.value)
-    return build_cost(stage, layers, plans, part_limit=max(1, limit))
+    return build_cost(stage, layers, plans, profiles, part_limit=max(1, limit))
 
 
 def with_images(shapes: Sequence[VideoShape]) -> tuple[VideoShape, ...]:
@@ -284,6 +288,7 @@ class _Planner:
 
     def _stage(self, stage: Stage, work: StageWork, largest: StageWork) -> StageCost:
         layers, gpu = self.layers[stage.name], self.options.gpu
+        base = int(ARENA_BASE_BYTES.value) if self.compiled else 0
         flops, seconds = Flops(), Seconds()
         for call in work.calls:
             flops += call_flops(call, layers) * call.times
@@ -295,7 +300,7 @@ class _Planner:
             sum(call.times for call in work.calls),
             flops,
             None if gpu is None else seconds,
-            max(activation_bytes(call, layers) for call in largest.calls),
+            base + max(activation_bytes(call, layers) for call in largest.calls),
             max(tensor_bytes(stage, (*stage.inputs, *stage.outputs), call.dimensions) for call in work.calls),
             max(tensor_bytes(stage, stage.outputs, call.dimensions) for call in work.calls),
         )

@@ -78,17 +78,34 @@ class Attention:
 
 @dataclass(frozen=True)
 class Live:
-    """A tensor that is alive at some moment.
+    """A tensor that is alive at some moment; it has the stage's precision unless something else is said.
 
     Attributes:
         elements: Its size.
-        read_by: The layer that reads it: if that is in 8 bits, so is the tensor. Empty: it has the stage's precision.
+        read_by: The layer that reads it: if that is in 8 bits, so is the tensor.
+        attended: Whether it is an operand of a quantisable attention, and in that attention's precision.
         fp32: Whether it is fp32 in any recipe.
     """
 
     elements: int
     read_by: str = ""
+    attended: bool = False
     fp32: bool = False
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Tensors that are alive together.
+
+    Attributes:
+        live: The tensors.
+        layer: The moment exists only if this layer is in 8 bits, or only if it is not; empty: in any recipe.
+        eight_bit: Which of the two.
+    """
+
+    live: tuple[Live, ...]
+    layer: str = ""
+    eight_bit: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,7 +117,7 @@ class Call:
         rows: Patterns in order; the first that fits a layer counts.
         attentions: What is computed between them.
         passes: Elements that norms, activations and residual sums read and write, once per read or write.
-        moments: Sets of tensors that are alive together; the largest decides.
+        moments: The largest that exists decides.
         dimensions: Size of every named dimension of the stage's inputs and outputs.
     """
 
@@ -108,7 +125,7 @@ class Call:
     rows: tuple[Rows, ...]
     attentions: tuple[Attention, ...]
     passes: int
-    moments: tuple[tuple[Live, ...], ...]
+    moments: tuple[Moment, ...]
     dimensions: Mapping[str, int]
 
 

@@ -1,11 +1,10 @@
 """What a video costs in the stages of HunyuanVideo: rows per layer, attentions, and the tensors alive together.
 
 Counts follow the modules of this folder. Which tensors are alive is what TensorRT-RTX 1.7 makes of them, read from its
-layer information and the activation memory that it states: it joins q, k, v and the first MLP product of a single block
-(and gate and up of a LLaMA layer) into one product, and runs attention and MLP of a single block beside each other, so
-that the product's output, the normalised and rotated heads, attention's output and the activated hidden are alive
-together. The decoder's norms are computed in fp32, and their intermediate results decide. Another backend may need less
-or more.
+layer information and the activation memory that it states: it runs attention and MLP of a single block beside each
+other, so that the products' outputs, the normalised and rotated heads, attention's output and the activated hidden are
+alive together; and it computes the decoder's norms in fp32, where their intermediate results decide. Another backend
+may need less or more.
 
 Letters: ``N`` image tokens, ``L`` text tokens, ``S = N + L``, ``D`` width, ``T`` ``H`` ``W`` a tile of latents.
 """
@@ -15,8 +14,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from reelforge.export.planner.work import Attention, Call, Live, Phase, Rows, StageWork, Workload
-from reelforge.runtime.spec import ModelSpec, VaeSpec
+from reelforge.export.planner.work import Attention, Call, Live, Moment, Phase, Rows, StageWork, Workload
+from reelforge.runtime.spec import DitSpec, ModelSpec, VaeSpec
 from reelforge.runtime.tiling import plan_tiles
 
 Grid = tuple[int, int, int]
@@ -41,7 +40,7 @@ def _llm(spec: ModelSpec, workload: Workload) -> Call:
     # Two norms and sums, rotation of q and k, gate times up.
     passes = llm.used_layers * tokens * (10 * llm.width + 4 * heads + 3 * llm.mlp_width)
     down = "layers.0.mlp.down_proj"
-    moment = (Live(tokens * (2 * llm.mlp_width + 3 * llm.width)), Live(tokens * llm.mlp_width, down))
+    moment = Moment((Live(tokens * (2 * llm.mlp_width + llm.width)), Live(tokens * llm.mlp_width, down)))
     rows = (Rows("embed_tokens", 0), Rows("layers.*", tokens))
     return Call(1, rows, (attention,), passes, (moment,), {"batch": workload.prompts, "prompt_tokens": length})
 
@@ -51,7 +50,7 @@ def _clip(spec: ModelSpec, workload: Workload) -> Call:
     tokens = length * workload.prompts
     attention = Attention(clip.layers * workload.prompts, clip.heads, clip.width // clip.heads, length, _causal(length))
     passes = clip.layers * tokens * (10 * clip.width + 2 * clip.mlp_width)
-    moment = (Live(tokens * (2 * clip.mlp_width + clip.width)),)
+    moment = Moment((Live(tokens * (2 * clip.mlp_width + clip.width)),))
     rows = (Rows("embeddings.*", 0), Rows("encoder.layers.*", tokens))
     return Call(1, rows, (attention,), passes, (moment,), {"batch": workload.prompts, "clip_tokens": length})
 
@@ -60,7 +59,7 @@ def _refiner(spec: ModelSpec, workload: Workload) -> Call:
     dit, steps, tokens = spec.dit, workload.steps, workload.text_tokens
     attention = Attention(dit.refiner_blocks * steps, dit.heads, dit.head_dim, tokens, tokens**2)
     passes = dit.refiner_blocks * steps * tokens * (14 * dit.width + 2 * dit.mlp_width)
-    moment = (Live(steps * tokens * (2 * dit.mlp_width + 3 * dit.width)),)
+    moment = Moment((Live(steps * tokens * (2 * dit.mlp_width + 4 * dit.width)),))
     rows = (
         Rows("time_in.*", steps),
         Rows("pooled_text_in.*", 1),
@@ -75,7 +74,7 @@ def _modulation(spec: ModelSpec, workload: Workload) -> Call:
     dit, steps = spec.dit, workload.steps
     vectors = steps * dit.width * (12 * dit.double_blocks + 3 * dit.single_blocks + 2)
     rows = (Rows("pooled_in.*", 1), Rows("guidance_in.*", 1), Rows("*", steps))
-    return Call(1, rows, (), 2 * vectors, ((Live(vectors),),), {"steps": steps})
+    return Call(1, rows, (), 2 * vectors, (Moment((Live(vectors),)),), {"steps": steps})
 
 
 def _dit(spec: ModelSpec, workload: Workload) -> Call:
@@ -94,11 +93,6 @@ def _dit(spec: ModelSpec, workload: Workload) -> Call:
     double = 8 * heads + 12 * dit.width
     single = 8 * heads + 6 * dit.width + 2 * dit.mlp_width
     passes = batch * joint * (dit.double_blocks * double + dit.single_blocks * single)
-    in_double = (Live(batch * joint * (6 * heads + 2 * dit.width)),)
-    in_single = (
-        Live(batch * joint * (7 * heads + dit.mlp_width + 2 * dit.width)),
-        Live(batch * joint * dit.mlp_width, "single.0.proj_mlp"),
-    )
     rows = (
         Rows("patch_embed", batch * image),
         Rows("double.*.image.*", batch * image),
@@ -114,7 +108,32 @@ def _dit(spec: ModelSpec, workload: Workload) -> Call:
         "text_tokens": text,
         "image_tokens": image,
     }
-    return Call(workload.steps, rows, (attention,), passes, (in_double, in_single), dimensions)
+    return Call(workload.steps, rows, (attention,), passes, _block_moments(dit, batch * joint), dimensions)
+
+
+def _block_moments(dit: DitSpec, tokens: int) -> tuple[Moment, ...]:
+    """Return what blocks keep alive: the heads of a double block; attention and MLP beside each other in a single one.
+
+    In 16 bits the compiler makes one product of q, k, v and the MLP's first; in 8 bits each layer is its own, and the
+    codes of what it reads are one more tensor.
+    """
+    heads, width, mlp = dit.heads * dit.head_dim, dit.width, dit.mlp_width
+    double = Moment((Live(tokens * (6 * heads + 2 * width)),))
+    if not dit.single_blocks:
+        return (double,)
+    fc1, proj, output = "single.0.fc1", "single.0.proj_mlp", "single.0.proj_attention"
+    shared = (
+        Live(tokens * (heads + mlp + width)),  # attention's result, the MLP's hidden, the stream
+        Live(tokens * mlp, proj),
+        Live(tokens * 3 * heads, attended=True),
+    )
+    joined = Live(tokens * (3 * heads + width))
+    codes = (Live(tokens * width, fc1), Live(tokens * heads, output))
+    return (
+        double,
+        Moment((*shared, joined), fc1, eight_bit=False),
+        Moment((*shared, *codes), fc1, eight_bit=True),
+    )
 
 
 def _vae_calls(spec: ModelSpec, workload: Workload) -> Iterator[Call]:
@@ -146,7 +165,7 @@ def _vae_tile(vae: VaeSpec, tile: Grid, times: int) -> Call:
         rows.append(Rows(f"decoder.up_blocks.{level}.resnets.*", _size(grid)))
         passes += (3 * (before + width) + 3 * width) * _size(grid)
         passes += vae.layers_per_block * 9 * width * _size(grid)
-        moments += [_norm(grid, before, width), _convolution(grid, before, width, before)]
+        moments += [_norm(grid, before), _convolution(grid, before, width, before)]
         if level < spatial_levels:
             in_time = levels - 1 - temporal_levels <= level < levels - 1
             frames = 2 * grid[0] - 1 if in_time else grid[0]
@@ -172,16 +191,19 @@ def _vae_tile(vae: VaeSpec, tile: Grid, times: int) -> Call:
     return Call(times, tuple(rows), (attention,), passes, tuple(moments), dimensions)
 
 
-def _convolution(grid: Grid, inputs: int, outputs: int, residual: int) -> tuple[Live, ...]:
+def _convolution(grid: Grid, inputs: int, outputs: int, residual: int) -> Moment:
     """Return what a 3x3x3 convolution keeps alive: its padded input, its output, and the residual."""
-    padded = (grid[0] + 2) * (grid[1] + 2) * (grid[2] + 2)
-    return Live(inputs * padded), Live((outputs + residual) * _size(grid))
+    return Moment((Live(inputs * _padded(grid)), Live((outputs + residual) * _size(grid))))
 
 
-def _norm(grid: Grid, inputs: int, outputs: int) -> tuple[Live, ...]:
-    """Return what a level's first norm keeps alive: its input, two fp32 copies of it, and the shortcut of the block."""
-    shortcut = outputs if inputs != outputs else 0
-    return Live((inputs + shortcut) * _size(grid)), Live(2 * inputs * _size(grid), fp32=True)
+def _norm(grid: Grid, channels: int) -> Moment:
+    """Return what a level's first norm keeps alive: its input, an fp32 copy, the next convolution's padded input."""
+    size = channels * _size(grid)
+    return Moment((Live(size), Live(channels * _padded(grid)), Live(size, fp32=True)))
+
+
+def _padded(grid: Grid) -> int:
+    return (grid[0] + 2) * (grid[1] + 2) * (grid[2] + 2)
 
 
 def _size(grid: Grid) -> int:

@@ -91,10 +91,13 @@ def test_when_no_asked_shape_fits_fewer_frames_are_advised() -> None:
 
 
 def test_when_fewer_frames_do_not_fit_smaller_pictures_are_advised() -> None:
-    what = recipe(VideoShape(1440, 2560, 5), dit=Precision.FP8, llm=Precision.FP8)
-    refusals = refused(what, card(12.3))[1]
+    large, small = VideoShape(1440, 2560, 5), VideoShape(720, 1280, 5)
+    precisions = {"dit": Precision.FP8, "llm": Precision.FP8}
+    needs = [make_plan(model(), RTX, recipe(shape, **precisions)).buckets[0].memory[2] for shape in (large, small)]
+    between = sum(memory.total_bytes for memory in needs) / 2
+    refusals = refused(recipe(large, **precisions), card(between / 1e9))[1]
     loop = next(refusal for refusal in refusals if "loop" in refusal.where)
-    assert "use --shapes 720x1280x5" in loop.fixes
+    assert f"use --shapes {small}" in loop.fixes
 
 
 def test_a_decoder_that_does_not_fit_is_advised_smaller_tiles() -> None:
