@@ -26,7 +26,7 @@ CODE_BYTES_PER_LAYER = Constant(0.12e6, "slope of the same plans, 20 and 80 laye
 ARENA_BASE_BYTES = Constant(8.4e6, "what TensorRT-RTX 1.7.1 states as activations of plans too small to need any")
 BUILDER_BASE_BYTES = Constant(0.2e9, "intercept over plans of 0.36-2.7 GB: peak anonymous memory, TensorRT-RTX 1.7.1")
 BUILDER_SHARE_16 = Constant(1.9, "slope of the same plans, fp16: 1.9 bytes per byte of weights")
-BUILDER_SHARE_8 = Constant(1.3, "FP8, 4+4 blocks: 1.98 GB of anonymous memory for 1.36 GB of weights, TensorRT-RTX 1.7.1")
+BUILDER_SHARE_8 = Constant(1.3, "FP8, 4+4 blocks: 1.98 GB of anonymous memory for 1.36 GB of weights, likewise")
 CUT_RATIO = Constant(1.6, "a build cuts a stage whose weights times this exceed what a compiler may occupy")
 BUILDER_SECONDS_PER_LAYER = Constant(
     0.21, "plans of 12.55 GB in 286 s and of 25.0 GB in 470 s, 482 layers, two cores; once per profile"
