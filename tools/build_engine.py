@@ -13,10 +13,10 @@ from rich.console import Console
 
 from reelforge.runtime.codec import to_json
 from reelforge.runtime.errors import RequestError
-from reelforge.runtime.recipe import QuantisationRecipe, Target, VideoShape, parse_precisions
+from reelforge.runtime.recipe import Target, VideoShape
 from reelforge.tools import console
 from reelforge.tools.build_report import node_table, quality_table, shown
-from reelforge.tools.quantisation_options import calibration_options, parse_kept, precision_of, read_recipe
+from reelforge.tools.quantisation_options import calibration_options, chosen_recipe, precision_of
 
 if TYPE_CHECKING:
     from reelforge.export.build_request import BuildRequest
@@ -189,16 +189,7 @@ def build_engine(
             expected="a folder in diffusers' or Tencent's layout",
             fix="download the model first; hub names are not resolved",
         )
-    if recipe is not None and (keep or precision is not None):
-        said = ([] if precision is None else [f"--precision {precision}"]) + [f"--keep {text}" for text in keep]
-        raise RequestError(
-            "a recipe file is given together with --precision or --keep.",
-            received=" ".join([f"--recipe {recipe}", *said]),
-            expected="one of them: the file says precisions and kept layers",
-            fix="leave --precision and --keep out",
-        )
-    stated = QuantisationRecipe({} if precision is None else parse_precisions(precision), parse_kept(keep))
-    chosen = stated if recipe is None else read_recipe(recipe)
+    chosen = chosen_recipe(precision, keep, recipe)
     request = BuildRequest(
         checkpoint=checkpoint,
         output=output,

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
-from reelforge.runtime.errors import RequestError
-from reelforge.runtime.recipe import QuantisationRecipe, Target, VideoShape, parse_precisions
+from reelforge.runtime.recipe import Target, VideoShape
 from reelforge.tools import console
-from reelforge.tools.quantisation_options import parse_kept, precision_of, read_recipe
+from reelforge.tools.quantisation_options import chosen_recipe, precision_of
 
 if TYPE_CHECKING:
     from reelforge.export.build_request import BuildRequest
@@ -78,15 +77,7 @@ def plan(
     from reelforge.export.planner.gpus import find_gpu
     from reelforge.export.planner.plan import PlanOptions
 
-    if recipe is not None and (keep or precision is not None):
-        raise RequestError(
-            "a recipe file is given together with --precision or --keep.",
-            received=" ".join([f"--recipe {recipe}", *([f"--precision {precision}"] if precision else []), *keep]),
-            expected="one of them: the file says precisions and kept layers",
-            fix="leave --precision and --keep out",
-        )
-    stated = QuantisationRecipe({} if precision is None else parse_precisions(precision), parse_kept(keep))
-    chosen = stated if recipe is None else read_recipe(recipe)
+    chosen = chosen_recipe(precision, keep, recipe)
     request = BuildRequest(
         checkpoint=checkpoint,
         output=Path(),

@@ -11,7 +11,7 @@ import click
 
 from reelforge.runtime.codec import CodecError, from_json
 from reelforge.runtime.errors import RequestError
-from reelforge.runtime.recipe import Precision, QuantisationRecipe
+from reelforge.runtime.recipe import Precision, QuantisationRecipe, parse_precisions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -71,6 +71,26 @@ def calibration_options(function: F) -> F:
     for option in reversed(options):
         function = option(function)
     return function
+
+
+def chosen_recipe(precision: str | None, keep: Iterable[str], recipe: Path | None) -> QuantisationRecipe:
+    """Return the precisions and kept layers that ``--precision`` and ``--keep``, or ``--recipe``, say.
+
+    Raises:
+        RequestError: If both are given, or one cannot be read.
+    """
+    kept = tuple(keep)
+    if recipe is None:
+        return QuantisationRecipe({} if precision is None else parse_precisions(precision), parse_kept(kept))
+    if kept or precision is not None:
+        said = ([] if precision is None else [f"--precision {precision}"]) + [f"--keep {text}" for text in kept]
+        raise RequestError(
+            "a recipe file is given together with --precision or --keep.",
+            received=" ".join([f"--recipe {recipe}", *said]),
+            expected="one of them: the file says precisions and kept layers",
+            fix="leave --precision and --keep out",
+        )
+    return read_recipe(recipe)
 
 
 def parse_kept(texts: Iterable[str]) -> dict[str, tuple[str, ...]]:
