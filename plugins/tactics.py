@@ -7,7 +7,7 @@ every plugin that has larger ones also offers one that needs no more than 48 KB 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from reelforge.plugins.schema import PLUGINS, PV_16BIT, PV_FP8, DType, PluginSchema
@@ -72,9 +72,10 @@ def _attention_tactic(block_m: int, block_n: int, warps: int, stages: int) -> Ta
     return Tactic(warps, stages, MappingProxyType({"BLOCK_M": block_m, "BLOCK_N": block_n}))
 
 
-# The second-level accumulator takes a register per element of the output tile beside the first, which leaves room for
-# 64 rows per four warps. Two small blocks on a multiprocessor overlap one's softmax with the other's products.
-_SMALL_TILES = (_attention_tactic(128, 64, 8, 2), _attention_tactic(64, 64, 4, 3))
+# Each key block's sum is a register per element of the output tile, beside the output itself: that leaves room for 64
+# rows per four warps. On Hopper two such blocks share a multiprocessor: one's softmax overlaps the other's products. On
+# the others four warps alone need a few registers too many.
+_SMALL_TILES = (_attention_tactic(128, 64, 8, 2), _attention_tactic(128, 64, 8, 3))
 _HOPPER_TILES = (
     _attention_tactic(64, 64, 4, 2),
     _attention_tactic(64, 128, 4, 3),
@@ -82,7 +83,7 @@ _HOPPER_TILES = (
 )
 _KEY_STATISTICS = (Tactic(4, 1, MappingProxyType({"ROWS": 32})),)
 _VALUE_STATISTICS = (Tactic(8, 1, MappingProxyType({"ROWS": 64})),)
-_QUANTISE_KEYS = (Tactic(4, 1, MappingProxyType({})),)
+_QUANTISE_KEYS = (Tactic(8, 1, MappingProxyType({})), Tactic(16, 1, MappingProxyType({})))
 _QUANTISE_VALUES = (Tactic(8, 1, MappingProxyType({})),)
 
 
@@ -97,11 +98,15 @@ def tactics(plugin: str, architecture: int) -> tuple[Tactic, ...]:
     if schema.kernel == "value_quantise":
         return _VALUE_STATISTICS if "statistics" in plugin else _QUANTISE_VALUES
     pv = schema.constants["PV"]
-    if pv == PV_16BIT:
-        return () if has_fp8 else _SMALL_TILES
-    if pv == PV_FP8:
-        return _HOPPER_TILES if architecture == 90 else _SMALL_TILES
-    return () if architecture == 90 else _SMALL_TILES  # Hopper's fp16 accumulator is no faster
+    tiles: tuple[Tactic, ...] = _SMALL_TILES
+    if architecture == 90:
+        tiles = _HOPPER_TILES if pv == PV_FP8 else ()  # Hopper's fp16 accumulator is no faster than its fp32 one
+    elif has_fp8 == (pv == PV_16BIT):
+        tiles = ()
+    if schema.kernel == "block_sparse_attention":
+        # Where a key block's number is itself loaded, the compiler halves how far ahead it loads.
+        tiles = tuple(replace(tactic, stages=2 * tactic.stages - 1) for tactic in tiles)
+    return tiles
 
 
 @dataclass(frozen=True)

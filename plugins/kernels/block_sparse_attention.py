@@ -90,12 +90,11 @@ def block_sparse_attention_kernel(
         block = tl.load(block_index + entry)
         start = block * BLOCK_N
         key_tile = tl.load(key_base + start * HEAD_DIM)
-        biased = biased_scores(query_tile, key_tile, BLOCK_M, BLOCK_N)
+        biased = biased_scores(query_tile, key_tile, tl.load(block_keys + block), True, BLOCK_M, BLOCK_N)
         scale = row_scale * tl.load(key_scale_base + block)
         p, decay, row_max, row_sum = probabilities(
-            biased, scale, row_max, row_sum, tl.load(block_keys + block), value.dtype.element_ty, True, PV,
-            BLOCK_M, BLOCK_N,
-        )  # fmt: skip
+            biased, scale, row_max, row_sum, value.dtype.element_ty, PV, BLOCK_M, BLOCK_N
+        )
         value_pointers = value_base + start * value_row
         if PV == PV_16BIT:  # unlike the others', these values are not padded to whole blocks
             value_tile = tl.load(value_pointers, mask=(start + columns < tokens)[:, None], other=0.0)

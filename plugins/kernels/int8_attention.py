@@ -82,19 +82,20 @@ def int8_attention_kernel(
     # Only the last block has keys that may not count; it comes after the loop, which then needs no mask.
     for block in tl.range(0, last, num_stages=STAGES):
         key_tile = tl.load(key_base + block * BLOCK_N * HEAD_DIM)
-        biased = biased_scores(query_tile, key_tile, BLOCK_M, BLOCK_N)
+        biased = biased_scores(query_tile, key_tile, 0, False, BLOCK_M, BLOCK_N)
         scale = row_scale * tl.load(key_scale_base + block)
         p, decay, row_max, row_sum = probabilities(
-            biased, scale, row_max, row_sum, 0, value.dtype.element_ty, False, PV, BLOCK_M, BLOCK_N
+            biased, scale, row_max, row_sum, value.dtype.element_ty, PV, BLOCK_M, BLOCK_N
         )
         value_tile = tl.load(value_base + block * BLOCK_N * value_row)
         sums = accumulate(p, value_tile, sums, decay, PV, BLOCK_N)
-    biased = biased_scores(query_tile, tl.load(key_base + last * BLOCK_N * HEAD_DIM), BLOCK_M, BLOCK_N)
 
     start = last * BLOCK_N
+    key_tile = tl.load(key_base + start * HEAD_DIM)
+    biased = biased_scores(query_tile, key_tile, length - start, True, BLOCK_M, BLOCK_N)
     scale = row_scale * tl.load(key_scale_base + last)
     p, decay, row_max, row_sum = probabilities(
-        biased, scale, row_max, row_sum, length - start, value.dtype.element_ty, True, PV, BLOCK_M, BLOCK_N
+        biased, scale, row_max, row_sum, value.dtype.element_ty, PV, BLOCK_M, BLOCK_N
     )
     value_pointers = value_base + start * value_row
     if PV == PV_16BIT:

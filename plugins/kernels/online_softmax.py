@@ -24,6 +24,7 @@ PAD = tl.constexpr(128)
 LOG2_E = tl.constexpr(1.4426950408889634)
 MAGIC_BITS = tl.constexpr(0x4B400000)
 MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23, whose bits these are
+MASKED_BITS = tl.constexpr(-16777216)  # the bits of -1.7e38
 LARGEST_E4M3_LOG2 = tl.constexpr(8.807354922057604)  # log2(448)
 
 
@@ -39,9 +40,16 @@ def regroup_columns(p, M: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def biased_scores(query, key, M: tl.constexpr, N: tl.constexpr):
-    """Return MAGIC_BITS plus the integer scores, int32 [M, N], from int8 query [M, D] and key [D, N]."""
-    return tl.dot(query, key, acc=tl.full((M, N), MAGIC_BITS, tl.int32), out_dtype=tl.int32)
+def biased_scores(query, key, valid, MASKED: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """Return MAGIC_BITS plus the integer scores, int32 [M, N], from int8 query [M, D] and key [D, N].
+
+    With MASKED, only the first ``valid`` keys count. The others start from the bits of a huge negative number, which a
+    score cannot change much: masking takes no instruction per score, as every accumulator starts from something.
+    """
+    start = tl.full((M, N), MAGIC_BITS, tl.int32)
+    if MASKED:
+        start = tl.where(tl.arange(0, N)[None, :] < valid, start, MASKED_BITS)
+    return tl.dot(query, key, acc=start, out_dtype=tl.int32)
 
 
 @triton.jit
@@ -50,9 +58,7 @@ def probabilities(
     scale,
     row_max,
     row_sum,
-    valid,
     dtype: tl.constexpr,
-    MASKED: tl.constexpr,
     PV: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
@@ -64,25 +70,20 @@ def probabilities(
         scale: fp32 [M]: scales of query and key, the softmax's scale and log2(e).
         row_max: fp32 [M], base 2.
         row_sum: fp32 [M].
-        valid: Number of keys of the block that count; read only if MASKED.
         dtype: P's type.
-        MASKED: Whether some keys may not count.
         PV: One of PV_*.
         M: Queries.
         N: Keys.
     """
     score = biased.to(tl.float32, bitcast=True)
-    if MASKED:
-        counts = tl.arange(0, N)[None, :] < valid
-        score = tl.where(counts, score, 0.0)  # less than any score, which are all near MAGIC
-    new_max = tl.maximum(row_max, (tl.max(score, 1) - MAGIC) * scale)
+    scale = tl.maximum(scale, 1e-30)  # zero times a masked score would count; 1e-30 times it is -1e8
+    largest = tl.maximum(tl.max(score, 1), 0.0)  # scores are near MAGIC; if all are masked, the maximum stays finite
+    new_max = tl.maximum(row_max, (largest - MAGIC) * scale)
     shift = -new_max
     if PV != PV_16BIT:
         shift += LARGEST_E4M3_LOG2
     offset = tl.fma(scale, -MAGIC, shift)
     p = tl.exp2(tl.fma(score, scale[:, None], offset[:, None]))
-    if MASKED:
-        p = tl.where(counts, p, 0.0)
     decay = tl.exp2(row_max - new_max)
     row_sum = row_sum * decay + tl.sum(p, 1)
     p = p.to(dtype)

@@ -13,6 +13,9 @@ import triton.language as tl
 
 from reelforge.plugins.kernels.online_softmax import PAD
 
+PARTS = tl.constexpr(
+    32
+)  # partial sums read at once: one after another, their latency would be most of the kernel's time
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it to |x| < 2**22 leaves no bits behind the point
 
 
@@ -62,7 +65,7 @@ def store_codes(
     row_max = tl.maximum(tl.max(tl.abs(first), 1), tl.max(tl.abs(second), 1))
     group_max = tl.max(tl.reshape(row_max, (R // G, G)), 1)
     tl.store(scales + group_base + tl.arange(0, R // G), group_max / 127.0)
-    factor = tl.where(group_max > 0.0, 127.0 / group_max, 0.0)
+    factor = 127.0 / tl.maximum(group_max, 1e-30)  # a group of zeros stays one
     factor = tl.reshape(tl.broadcast_to(factor[:, None], (R // G, G)), (R,))[:, None]
     inside = (rows < stored)[:, None]
     pointers = codes + rows[:, None] * (2 * HALF) + pair[None, :]
@@ -180,10 +183,11 @@ def rotary_qk_norm_quantise_kernel(
     first_mean = tl.zeros((half,), tl.float32)
     second_mean = tl.zeros((half,), tl.float32)
     chunks = tl.cdiv(tokens, CHUNK)
-    sums = key_sums + stream * chunks * HEAD_DIM + pair
-    for chunk in tl.range(0, chunks):
-        first_mean += tl.load(sums + chunk * HEAD_DIM)
-        second_mean += tl.load(sums + chunk * HEAD_DIM + half)
+    sums = key_sums + stream * chunks * HEAD_DIM + pair[None, :]
+    for start in tl.range(0, chunks, PARTS):
+        part = (start + tl.arange(0, PARTS))[:, None]
+        first_mean += tl.sum(tl.load(sums + part * HEAD_DIM, mask=part < chunks, other=0.0), 0)
+        second_mean += tl.sum(tl.load(sums + part * HEAD_DIM + half, mask=part < chunks, other=0.0), 0)
     first, second = normalise_and_rotate(
         k, offsets, key_norm, rope_cos, rope_sin, rows, tokens, image_tokens, EPS, half
     )

@@ -11,6 +11,8 @@ import triton.language as tl
 
 from reelforge.plugins.kernels.online_softmax import PAD, regroup_columns
 
+PARTS = tl.constexpr(32)  # partial maxima read at once
+
 
 @triton.jit
 def value_statistics_kernel(
@@ -73,11 +75,13 @@ def value_quantise_kernel(
     features = tl.arange(0, HEAD_DIM)
     chunks = tl.cdiv(tokens, CHUNK)
     largest = tl.zeros((HEAD_DIM,), tl.float32)
-    for chunk in tl.range(0, chunks):
-        largest = tl.maximum(largest, tl.load(value_max + (stream * chunks + chunk) * HEAD_DIM + features))
+    for start in tl.range(0, chunks, PARTS):
+        part = (start + tl.arange(0, PARTS))[:, None]
+        pointers = value_max + (stream * chunks + part) * HEAD_DIM + features[None, :]
+        largest = tl.maximum(largest, tl.max(tl.load(pointers, mask=part < chunks, other=0.0), 0))
     if block == 0:
         tl.store(value_scale + stream * HEAD_DIM + features, largest / RANGE)
-    factor = tl.where(largest > 0.0, RANGE / largest, 0.0)
+    factor = RANGE / tl.maximum(largest, 1e-30)  # a channel of zeros stays one
 
     rows = (block * PAD + tl.arange(0, PAD))[:, None]
     base = v + batch.to(tl.int64) * tokens * heads * HEAD_DIM + head * HEAD_DIM + features[None, :]

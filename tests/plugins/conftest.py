@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from reelforge.plugins.interpreter import Interpreter
-from tests.bundles import session_folder
 
 
 @pytest.fixture(scope="session")
@@ -20,4 +20,5 @@ def interpreter() -> Iterator[Interpreter]:
 @pytest.fixture(scope="session")
 def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Compiled kernels, shared by all workers of a session."""
-    return session_folder(tmp_path_factory) / "kernels"
+    base = tmp_path_factory.getbasetemp()
+    return (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels"

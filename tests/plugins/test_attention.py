@@ -10,7 +10,7 @@ import pytest
 from reelforge.plugins.interpreter import Interpreter
 from reelforge.plugins.kernels import int8_attention_reference as reference
 from reelforge.plugins.schema import PLUGINS, DType
-from tests.plugins.problems import ATTENTION, EPS, Problem, cosine, relative_l1
+from reelforge.tools.bench.attention_problems import ATTENTION, EPS, Problem, cosine, relative_l1
 
 GOALS = {"fp8": 0.9999, "fp8_fp16_accumulator": 0.9999, "fp16": 0.99999}
 VARIANTS = tuple(GOALS)
@@ -86,6 +86,16 @@ def test_a_softmax_of_one_key(interpreter: Interpreter) -> None:
     problem = Problem(1, 0, head_dim=64)
     out = problem.attend(interpreter, "fp8")
     np.testing.assert_allclose(out, problem.tensors["v"].astype(np.float64), rtol=2**-4)
+
+
+@pytest.mark.parametrize("pv", VARIANTS)
+def test_queries_of_zeros_take_the_mean_of_the_keys_that_count(interpreter: Interpreter, pv: str) -> None:
+    problem = Problem(100, 60, head_dim=64, heads=1)
+    problem.tensors["q"][:] = 0
+    problem.tensors["key_lengths"] = np.array([130], np.int32)
+    out = problem.attend(interpreter, pv)
+    mean = problem.tensors["v"][:, :130].astype(np.float64).mean(axis=1, keepdims=True)
+    np.testing.assert_allclose(out, np.broadcast_to(mean, out.shape), atol=0.04)
 
 
 def test_huge_scores_do_not_overflow(interpreter: Interpreter) -> None:

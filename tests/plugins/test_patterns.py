@@ -16,7 +16,7 @@ from reelforge.plugins.kernels.int8_attention_reference import attention
 from reelforge.plugins.patterns import Layout, block_lists
 from reelforge.plugins.schema import PLUGINS
 from reelforge.plugins.token_order import TileOrder, enter, leave
-from tests.plugins.problems import SPARSE, Problem, cosine
+from reelforge.tools.bench.attention_problems import SPARSE, Problem, cosine
 
 ORDERS = st.builds(
     lambda tiles, tile, extra: TileOrder(

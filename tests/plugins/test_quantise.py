@@ -11,7 +11,7 @@ from reelforge.plugins.kernels import rotary_quantise_reference as rotary
 from reelforge.plugins.kernels import value_quantise_reference as values
 from reelforge.plugins.kernels.int8_attention_reference import dequantise_query_and_key
 from reelforge.plugins.schema import DType
-from tests.plugins.problems import EPS, Problem
+from reelforge.tools.bench.attention_problems import EPS, Problem
 
 CASES = [
     Problem(150, 50),

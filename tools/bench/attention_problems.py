@@ -1,20 +1,36 @@
-"""Small attention problems and what the kernels make of them in the interpreter, beside the float64 oracle."""
+"""Small attention problems and what the kernels make of them, beside the float64 oracle; for tests and the benchmark.
+
+Inputs are random with the properties that make 8-bit attention hard: keys and values with a mean, channels that are far
+larger than others, slow rotation. Knows the plugins' names and order; not on what they run.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from reelforge.plugins.interpreter import Interpreter
 from reelforge.plugins.kernels.int8_attention_reference import attention
 from reelforge.plugins.kernels.rotary_quantise_reference import normalise_and_rotate
 from reelforge.plugins.schema import PLUGINS, DType
 
 Array = NDArray[Any]
+
+
+class Runner(Protocol):
+    """The interpreter or a GPU."""
+
+    def run(
+        self, plugin: str, inputs: Mapping[str, Array], constants: Mapping[str, int | float], activation: DType
+    ) -> dict[str, Array]:
+        """Return a plugin's outputs, see ``Interpreter.run``."""
+        ...
+
+
 EPS = 1e-6
 PV_BITS = {"fp8": 448.0, "fp8_fp16_accumulator": 2.25, "fp16": None}
 ATTENTION = {
@@ -86,10 +102,11 @@ class Problem:
 
     @property
     def tokens(self) -> int:
+        """Length of the joint sequence."""
         return self.image + self.text
 
     def rotated(self) -> tuple[Array, Array]:
-        """q and k as attention sees them, float64 [B, L, H, D]."""
+        """Return q and k as attention sees them, float64 [B, L, H, D]."""
         tables = self.tensors["rope_cos"], self.tensors["rope_sin"]
         return (
             normalise_and_rotate(self.tensors["q"], self.tensors["query_norm"], *tables, EPS),
@@ -104,36 +121,38 @@ class Problem:
         q, k = self.rotated()
         return attention(q, k, self.tensors["v"], visible)
 
-    def run(self, interpreter: Interpreter, plugin: str, **constants: int | float) -> dict[str, Array]:
+    def run(self, runner: Runner, plugin: str, **constants: int | float) -> dict[str, Array]:
         """Run one plugin on what is there, keep and return its outputs."""
         inputs = {tensor.name: self.tensors[tensor.name] for tensor in PLUGINS[plugin].inputs}
-        outputs = interpreter.run(plugin, inputs, {"HEAD_DIM": self.head_dim, **constants}, self.activation)
+        outputs = runner.run(plugin, inputs, {"HEAD_DIM": self.head_dim, **constants}, self.activation)
         self.tensors |= outputs
         return outputs
 
-    def quantise(self, interpreter: Interpreter, pv: str = "fp8", key_group: int = 64) -> None:
+    def quantise(self, runner: Runner, pv: str = "fp8", key_group: int = 64) -> None:
         """Run everything before the attention."""
-        self.run(interpreter, "key_statistics", EPS=EPS, ROWS=32)
-        self.run(interpreter, "rotary_qk_norm_quantise", EPS=EPS, KEY_GROUP=key_group)
+        self.run(runner, "key_statistics", EPS=EPS, ROWS=32)
+        self.run(runner, "rotary_qk_norm_quantise", EPS=EPS, KEY_GROUP=key_group)
         value_range = PV_BITS[pv]
         if value_range is None:
             self.tensors["value"] = self.tensors["v"]
             self.tensors["value_scale"] = np.ones((self.batch, self.heads, self.head_dim), np.float32)
         else:
-            self.run(interpreter, "value_statistics", ROWS=64)
-            self.run(interpreter, "value_quantise", RANGE=value_range)
+            self.run(runner, "value_statistics", ROWS=64)
+            self.run(runner, "value_quantise", RANGE=value_range)
 
-    def attend(self, interpreter: Interpreter, pv: str = "fp8", key_group: int = 64, sparse: bool = False) -> Array:
+    def attend(self, runner: Runner, pv: str = "fp8", key_group: int = 64, sparse: bool = False) -> Array:
         """Quantise, attend, and return the output as float64."""
-        self.quantise(interpreter, pv, key_group)
+        self.quantise(runner, pv, key_group)
         plugin = (SPARSE if sparse else ATTENTION)[pv]
-        outputs = self.run(interpreter, plugin, KEY_GROUP=key_group, BLOCK_M=64, BLOCK_N=key_group, STAGES=2)
+        outputs = self.run(runner, plugin, KEY_GROUP=key_group, BLOCK_M=64, BLOCK_N=key_group, STAGES=2)
         return outputs["out"].astype(np.float64)
 
 
 def cosine(a: Array, b: Array) -> float:
+    """Return the cosine of two arrays as vectors."""
     return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
 
 
 def relative_l1(a: Array, b: Array) -> float:
+    """Return the sum of differences over the sum of ``b``'s magnitudes."""
     return float(np.abs(a - b).sum() / np.abs(b).sum())
