@@ -54,7 +54,7 @@ def _completed(options: PlanOptions, request: BuildRequest, recipe: Recipe) -> P
     """Add what the request says about memory."""
     calibrates = recipe.calibrated and request.calibration.scales is None
     calibration = int(request.calibration.memory_bytes * _OBSERVED_SHARE) if calibrates else 0
-    return replace(options, calibration_bytes=calibration)
+    return replace(options, compiler_bytes=request.compilation.memory_bytes, calibration_bytes=calibration)
 
 
 def _other_tilings(source: BuildSource) -> dict[str, VaeTiling]:

@@ -27,7 +27,6 @@ ARENA_BASE_BYTES = Constant(8.4e6, "what TensorRT-RTX 1.7.1 states as activation
 BUILDER_BASE_BYTES = Constant(0.2e9, "intercept over plans of 0.36-2.7 GB: peak anonymous memory, TensorRT-RTX 1.7.1")
 BUILDER_SHARE_16 = Constant(1.9, "slope of the same plans, fp16: 1.9 bytes per byte of weights")
 BUILDER_SHARE_8 = Constant(1.3, "FP8, 4+4 blocks: 1.98 GB of anonymous memory for 1.36 GB of weights, likewise")
-CUT_RATIO = Constant(1.6, "a build cuts a stage whose weights times this exceed what a compiler may occupy")
 BUILDER_SECONDS_PER_LAYER = Constant(
     0.21, "plans of 12.55 GB in 286 s and of 25.0 GB in 470 s, 482 layers, two cores; once per profile"
 )
@@ -83,6 +82,12 @@ class PhaseMemory:
         return own + int(GPU_RESERVED_BYTES.value)
 
 
+def eight_bit_share(layers: StageLayers) -> float:
+    """Return the share of a stage's weights that is stored in 8 bits, by bytes."""
+    quantised = sum(layer.bytes for layer in layers.layers.values() if layer.precision.quantised)
+    return quantised / layers.weight_bytes
+
+
 def build_cost(
     stage: Stage, layers: StageLayers, plans: int, profiles: int = 1, part_limit: int | None = None, parts: int = 1
 ) -> BuildCost:
@@ -118,8 +123,7 @@ def _equal_parts(stage: Stage, layers: StageLayers, parts: int) -> tuple[Stage, 
 
 def _share(layers: StageLayers) -> float:
     """Return the compiler's bytes per byte of weights, between those of 16 and of 8 bits."""
-    quantised = sum(layer.bytes for layer in layers.layers.values() if layer.precision.quantised)
-    fraction = quantised / layers.weight_bytes
+    fraction = eight_bit_share(layers)
     return BUILDER_SHARE_8.value * fraction + BUILDER_SHARE_16.value * (1 - fraction)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from reelforge.export.engines.builder_memory import weights_that_fit
 from reelforge.export.engines.profiles import MAX_STEPS, profiles_for
 from reelforge.export.engines.requirements import compatible_groups, stage_precisions
 from reelforge.export.family import Family
@@ -19,12 +20,12 @@ from reelforge.export.planner.kernels import AttentionKernel, default_kernels
 from reelforge.export.planner.layers import StageLayers, stage_layers
 from reelforge.export.planner.memory import (
     ARENA_BASE_BYTES,
-    CUT_RATIO,
     EXPORT_BYTES,
     BuildCost,
     PhaseMemory,
     activation_bytes,
     build_cost,
+    eight_bit_share,
     tensor_bytes,
 )
 from reelforge.export.planner.roofline import Seconds, call_seconds
@@ -239,8 +240,9 @@ def _build(model: Model, layers: StageLayers, target: Target, recipe: Recipe, op
     profiles = len(profiles_for(stage, model.spec, recipe, template))
     if stage.name in options.parts or options.host_bytes is None:
         return build_cost(stage, layers, plans, profiles, parts=options.parts.get(stage.name, 1))
-    limit = int((options.compiler_bytes or options.host_bytes // 2) / CUT_RATIO.value)
-    return build_cost(stage, layers, plans, profiles, part_limit=max(1, limit))
+    compiler = options.compiler_bytes or options.host_bytes // 2
+    limit = weights_that_fit(compiler, eight_bit_share(layers))
+    return build_cost(stage, layers, plans, profiles, part_limit=limit)
 
 
 def with_images(shapes: Sequence[VideoShape]) -> tuple[VideoShape, ...]:

@@ -216,10 +216,13 @@ def _host_refusals(model: Model, plan: Plan) -> Iterator[Refusal]:
 
 
 def _compiler_refusal(model: Model, plan: Plan, build: BuildCost, host: int) -> Refusal:
-    cut = replace(plan.options, parts={}, compiler_bytes=int(host * _COMPILER_SHARE))
+    compiler = int(host * _COMPILER_SHARE)
+    cut = replace(plan.options, parts={}, compiler_bytes=compiler)
     again = make_plan(model, plan.target, plan.recipe, cut)
     enough = next(one for one in again.builds if one.stage == build.stage)
-    fixes = [f"cut {build.stage} into {enough.parts} parts"] if enough.builder_bytes <= host else []
+    fixes = []
+    if enough.builder_bytes <= host:
+        fixes = [f"cut {build.stage} into {enough.parts} parts with --builder-memory {compiler / 1e9:.1f}"]
     return Refusal(
         f"compiling {build.stage} in {build.parts} part{'s' if build.parts > 1 else ''} does not fit this machine.",
         f"{gigabytes(build.builder_bytes)} of memory",

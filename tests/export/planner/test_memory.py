@@ -184,8 +184,8 @@ def test_tensorrt_makes_a_plan_per_architecture() -> None:
 
 def test_a_stage_is_cut_into_as_few_parts_as_half_of_the_memory_asks_for() -> None:
     plan = plan_of(recipe(SMALL), host_bytes=int(24e9))
-    parts = {build.stage: build.parts for build in plan.builds}
-    assert parts == {"llm": 2, "clip": 1, "refiner": 1, "modulation": 1, "dit": 3, "vae_decoder": 1}
+    assert {build.stage for build in plan.builds if build.parts > 1} == {"llm", "modulation", "dit"}
+    assert all(build.builder_bytes < 12e9 for build in plan.builds)
     whole = plan_of(recipe(SMALL))
     assert whole.bundle_bytes == pytest.approx(plan.bundle_bytes, rel=1e-3)
     assert plan.builder_bytes < whole.builder_bytes / 2

@@ -134,7 +134,10 @@ def test_a_build_that_is_cut_too_little_is_refused_with_the_number_of_parts() ->
     assert refusal.where == "compiling dit in 1 part does not fit this machine."
     assert refusal.received == "34.6 GB of memory"
     assert refusal.expected == "at most 24.0 GB"
-    assert refusal.fixes == ("cut dit into 2 parts", "build on a machine with 34.6 GB of memory")
+    assert refusal.fixes == (
+        "cut dit into 3 parts with --builder-memory 16.8",
+        "build on a machine with 34.6 GB of memory",
+    )
 
 
 def test_a_build_that_no_cut_makes_fit_is_refused_without_one() -> None:
