@@ -9,10 +9,11 @@ of block lists. Kernel parameters come in TensorRT's order: inputs, extras, outp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
+from typing import Any
 
 NAMESPACE = "reelforge"
 """TensorRT's plugin namespace and the domain of the ONNX nodes."""
@@ -85,6 +86,20 @@ class Extent:
         """Return the number for known symbols and constants."""
         block, unit = (int(constants[x]) if isinstance(x, str) else x for x in (self.block, self.unit))
         return -(-sizes[self.symbol] // block) * block // unit + self.closed
+
+    def symbolic(
+        self, sizes: Mapping[str, Any], constants: Mapping[str, int | float], ceil_div: Callable[[Any, int], Any]
+    ) -> Any:
+        """Return the same as an expression of a library, whose values have ``*`` and ``+`` and a ceiling division."""
+        block, unit = (int(constants[x]) if isinstance(x, str) else x for x in (self.block, self.unit))
+        value = sizes[self.symbol]
+        if block != 1:
+            value = ceil_div(value, block)
+        if unit != 1 and block % unit:
+            raise ValueError(f"blocks of {block} {self.symbol} are no multiple of {unit}")
+        if block != unit:
+            value = value * (block // unit)
+        return value + 1 if self.closed else value
 
 
 @dataclass(frozen=True)
@@ -160,6 +175,13 @@ class PluginSchema:
     attributes: tuple[AttributeSchema, ...]
     constants: Mapping[str, int | float]
     grid: tuple[Extent, Extent, Extent]
+
+    @property
+    def types_its_output(self) -> bool:
+        """Whether an output has the 16-bit type and no input shows which that is."""
+        return any(tensor.dtype is None for tensor in self.outputs) and all(
+            tensor.dtype is not None for tensor in self.inputs
+        )
 
     @property
     def parameters(self) -> tuple[str, ...]:
