@@ -105,6 +105,7 @@ def assumptions(plan: Plan) -> Iterator[str]:
     yield f"{gpu.name}: {gpu.source}"
     for name, constant in (
         ("matrix products", kernels.GEMM),
+        ("matrix products in 8 bits", kernels.GEMM_8_BIT),
         ("convolutions", kernels.CONVOLUTION),
         ("memory", kernels.BANDWIDTH),
     ):

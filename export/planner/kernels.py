@@ -1,10 +1,10 @@
 """What kernels reach of a GPU's dense rate and bandwidth: stated constants, each with its source, none of them fitted.
 
-Matrix products, convolutions and memory-bound work have one fraction each. Attention has published rates per kernel and
-GPU; another GPU gets the same fraction of its dense 16-bit rate as its nearest relative there, and is marked as
-extrapolated. The module does not know which kernel a compiler will choose: nobody has published how fast TensorRT-RTX's
-fused attention is, so it is taken to be as fast as FlashAttention-2 and, in FP8, faster by the ratio of
-FlashAttention-3's two precisions.
+Matrix products in 16 and 8 bits, convolutions and memory-bound work have one share each, measured on one GPU. Attention
+has measured or published rates per kernel and GPU; another GPU gets the same fraction of its dense 16-bit rate as its
+nearest relative there, and is marked as extrapolated. The module does not know which kernel a compiler will choose:
+nobody has published how fast TensorRT-RTX's fused attention is, so it is taken to be as fast as FlashAttention-2 and,
+in FP8, faster by the ratio of FlashAttention-3's two precisions.
 """
 
 from __future__ import annotations
@@ -25,13 +25,18 @@ class Constant:
     source: str
 
 
-GEMM = Constant(
-    0.80,
-    "bf16, 8192^3: 798 of 989 TFLOP/s on an H100 80GB HBM3 (driver 580, PyTorch 2.11); FP8: up to 1550 of 1979 on an "
-    "H800 (DeepGEMM's README)",
+_H100 = "an H100 80GB HBM3 with PyTorch 2.11 (benchmarks/planner_h100.json)"
+GEMM = Constant(0.78, f"mean of q, fc1 and fc2 of a 720p step in bf16, 0.73 to 0.81 of 989 TFLOP/s, on {_H100}")
+GEMM_8_BIT = Constant(0.67, f"the same in FP8, 0.64 to 0.71 of 1979 TFLOP/s, on {_H100}")
+CONVOLUTION = Constant(
+    0.55, f"mean of four 3x3x3 convolutions in two layouts, fp16, 0.41 to 0.74 of the rate, on {_H100}"
 )
-CONVOLUTION = Constant(0.50, "an assumption: no figure for 3-D convolutions of these shapes is published")
-BANDWIDTH = Constant(0.90, "a copy in memory: 3.0 of 3.35 TB/s on an H100 80GB HBM3 (driver 580, PyTorch 2.11)")
+BANDWIDTH = Constant(0.89, f"a copy of 4 GiB, 2.98 of 3.35 TB/s, on {_H100}")
+
+
+def product_share(precision: Precision) -> Constant:
+    """Return which share of the GPU's rate a matrix product reaches."""
+    return GEMM_8_BIT if precision.quantised else GEMM
 
 
 class AttentionKernel(enum.Enum):
@@ -44,6 +49,8 @@ class AttentionKernel(enum.Enum):
     SAGE_2 = "SageAttention 2"
     SAGE_2_PLUS = "SageAttention 2++"
     SAGE_3 = "SageAttention 3"
+    CUDNN = "cuDNN 9.19"  # what PyTorch 2.11 runs on an H100
+    PLUGIN = "our 8-bit plugin"
     FUSED = "fused, 16 bit"  # the compiler's own
     FUSED_FP8 = "fused, FP8"
 
@@ -58,7 +65,11 @@ _MEASURED: dict[AttentionKernel, dict[str, float]] = {
     AttentionKernel.SAGE_2: {"H100 SXM": 882, "RTX 4090": 431, "RTX 5090": 554},
     AttentionKernel.SAGE_2_PLUS: {"RTX 4090": 493, "RTX 5090": 643},
     AttentionKernel.SAGE_3: {"RTX 5090": 1027},
+    AttentionKernel.CUDNN: {"H100 SXM": 561},
+    AttentionKernel.PLUGIN: {"H100 SXM": 760},
 }
+_OUR_MEASUREMENTS = "benchmarks/attention_h100.json: head dim 128, 119,056 tokens"
+_OURS = (AttentionKernel.CUDNN, AttentionKernel.PLUGIN)
 # The A100's part of FlashAttention-2's own figures; there is no A100 in the table above.
 _FLASH_2_AMPERE = Constant(0.73, "arXiv 2307.08691: up to 73 % of the A100's dense rate")
 _FAMILY = {
@@ -97,8 +108,9 @@ def attention_rate(kernel: AttentionKernel, gpu: Gpu) -> AttentionRate:
         note = f"{_FUSED_SOURCE}; times {_FP8_RATIO:.1f}, FlashAttention-3's ratio of FP8 to fp16"
         return AttentionRate(kernel, base.rate * _FP8_RATIO, note, True)
     measured = _MEASURED[kernel]
+    source = _OUR_MEASUREMENTS if kernel in _OURS else _SAGE_PAPERS
     if gpu.name in measured:
-        return AttentionRate(kernel, measured[gpu.name] * 1e12, _SAGE_PAPERS, False)
+        return AttentionRate(kernel, measured[gpu.name] * 1e12, source, False)
     dense = gpu.rates["fp16"]
     family = _FAMILY[gpu.architecture]
     if kernel is AttentionKernel.FLASH_2 and family == "sm80":
@@ -107,7 +119,11 @@ def attention_rate(kernel: AttentionKernel, gpu: Gpu) -> AttentionRate:
         relative = find_gpu(name)
         if _FAMILY[relative.architecture] == family:
             fraction = rate * 1e12 / relative.rates["fp16"]
-            return AttentionRate(kernel, fraction * dense, f"{_SAGE_PAPERS}; scaled from the {name}", True)
+            return AttentionRate(kernel, fraction * dense, f"{source}; scaled from the {name}", True)
+    if kernel is AttentionKernel.PLUGIN:  # the same algorithm as SageAttention 2
+        base, known = attention_rate(AttentionKernel.SAGE_2, gpu), find_gpu("H100 SXM")
+        ratio = attention_rate(kernel, known).rate / attention_rate(AttentionKernel.SAGE_2, known).rate
+        return AttentionRate(kernel, base.rate * ratio, f"{base.source}, times our plugin's ratio on an H100", True)
     raise RequestError(
         f"nobody has published how fast {kernel.value} is on the {gpu.name} or a GPU like it.",
         received=f"{kernel.value} on {gpu.architecture}",
@@ -119,10 +135,10 @@ def attention_rate(kernel: AttentionKernel, gpu: Gpu) -> AttentionRate:
 def default_kernels(backend: Backend) -> dict[Precision, AttentionKernel]:
     """Return the kernel that a target's attention is assumed to run in, by precision.
 
-    TensorRT takes our plugins for 8-bit attention, which are of SageAttention 2's kind; the other backends have their
-    own fused kernels. Attention in fp32 has none.
+    TensorRT takes our plugins for 8-bit attention; the other backends have their own fused kernels. Attention in fp32
+    has none.
     """
-    eight_bit = AttentionKernel.SAGE_2 if backend is Backend.TRT else AttentionKernel.FUSED_FP8
+    eight_bit = AttentionKernel.PLUGIN if backend is Backend.TRT else AttentionKernel.FUSED_FP8
     return {
         Precision.FP16: AttentionKernel.FUSED,
         Precision.BF16: AttentionKernel.FUSED,

@@ -69,8 +69,8 @@ def call_seconds(
     gemm = convolution = 0.0
     for name, rows in rows_of(call, layers).items():
         layer = layers.layers[name]
-        efficiency = kernels.CONVOLUTION if layer.convolution else kernels.GEMM
-        compute = layer_flops(layer.shape, rows) / (gpu.rate(layer.precision) * efficiency.value)
+        share = kernels.CONVOLUTION if layer.convolution else kernels.product_share(layer.precision)
+        compute = layer_flops(layer.shape, rows) / (gpu.rate(layer.precision) * share.value)
         moved = layer.bytes + rows * (layer.shape[1] * BYTES[layer.precision] + layer.shape[0] * element)
         seconds = max(compute, moved / bandwidth)
         if layer.convolution:
@@ -92,4 +92,6 @@ def _attention(
     if kernel is not None and attention.head_dim <= _FUSED_HEAD_DIM:
         return max(attention_flops(attention) / kernels.attention_rate(kernel, gpu).rate, moved / bandwidth)
     moved += _SCORE_PASSES * attention.count * attention.heads * attention.pairs * BYTES[precision]
-    return max(attention_flops(attention) / (gpu.rate(precision) * kernels.GEMM.value), moved / bandwidth)
+    return max(
+        attention_flops(attention) / (gpu.rate(precision) * kernels.product_share(precision).value), moved / bandwidth
+    )

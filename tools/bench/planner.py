@@ -8,6 +8,7 @@ nothing.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,6 +21,7 @@ from reelforge.export.planner import kernels, memory
 from reelforge.export.planner.gpus import find_gpu
 from reelforge.export.planner.kernels import AttentionKernel, Constant, attention_rate
 from reelforge.export.planner.plan import Bucket, Model, Plan, PlanOptions, make_plan
+from reelforge.export.planner.work import Phase
 from reelforge.runtime.recipe import Precision, Recipe, Target, VideoShape
 from reelforge.tools.bench import report
 from reelforge.tools.bench.planner_bundles import Comparison, compare_bundle
@@ -31,8 +33,8 @@ _CUDA = Target.parse("cuda")
 _RTX = Target.parse("rtx:sm89+sm120")
 
 _INTRODUCTION = """\
-`reelforge plan` beside figures that others published and beside real builds. No time below was measured by us: this
-project has no GPU, and all seconds are predictions or quotations."""
+`reelforge plan` beside figures that others published, beside blocks of our own modules on an H100, and beside real
+builds. Plans of TensorRT-RTX have never run: their seconds are predictions."""
 _PUBLISHED_TEXT = """\
 HunyuanVideo 13 B in bf16, one GPU, dense attention. The kernel is the one that the source ran as far as it says. These
 programs run eager PyTorch, so that memory-bound work between the products, which the planner takes as fused, costs them
@@ -41,6 +43,11 @@ are not comparable and are left out, as is Wan 2.1, which the planner has no cos
 _FLASH_3_TEXT = """\
 FlashAttention-3 on the H100 is planned at the 470 TFLOP/s of the one table that compares all kernels; its authors
 report up to 740 (arXiv 2407.08608). The two bracket the published time."""
+_GPU_TEXT = """\
+Our modules in eager PyTorch with random weights, bf16, measured by `python -m reelforge.tools.bench.planner_gpu`. A
+step is 20 double and 40 single blocks; attention is PyTorch's default on that GPU, cuDNN by its speed. Nothing is fused
+between the products, which the planner assumes: small shapes and the decoder's norms show it most. The decoder's tile
+is fp16 in PyTorch's default layout."""
 _BUILDS_TEXT = """\
 Plans compiled by TensorRT-RTX without a GPU, fp16 unless said. Activations are what the compiler states as its total
 for a profile; builder memory is the peak of anonymous memory, sampled. Seconds were taken beside other work on two
@@ -57,7 +64,7 @@ class Published:
         shape: Of the video.
         kernel: Attention kernel that the source ran.
         seconds: What was published.
-        of: ``video``, ``loop``, ``step`` or ``attention`` (of the loop).
+        of: ``video``, ``loop``, ``step``, ``decode`` or ``attention`` (of the loop).
         source: Where.
         steps: Sampling steps.
     """
@@ -156,6 +163,7 @@ def _figure(bucket: Bucket, of: str) -> float:
         "loop": step.total * bucket.steps,
         "step": step.total,
         "attention": step.attention * bucket.steps,
+        "decode": sum(stage.seconds.total for stage in bucket.stages if stage.phase is Phase.DECODE and stage.seconds),
     }
     return figures[of]
 
@@ -192,6 +200,22 @@ def _flash_3() -> list[str]:
         rows.append((row.of, f"{predicted_seconds(row):.0f}", f"{faster:.0f}", f"{row.seconds:g}"))
     headings = ("of", "predicted s at 470", "at 740", "published s")
     return ["", *_FLASH_3_TEXT.split("\n"), "", *report.table(headings, rows)]
+
+
+def _gpu(path: Path) -> list[str]:
+    """Return predictions beside what ``tools.bench.planner_gpu`` measured."""
+    measured = json.loads(path.read_text(encoding="utf-8"))
+    machine = ", ".join(f"{name} {value}" for name, value in measured["machine"].items())
+    rows = []
+    for shape, blocks in measured["blocks"].items():
+        actual = 20 * blocks["double_s"] + 40 * blocks["single_s"]
+        predicted = predicted_seconds(Published("H100 SXM", shape, AttentionKernel.CUDNN, actual, "step", ""))
+        rows.append((f"step, {shape}", f"{predicted:.2f}", f"{actual:.2f}", f"{predicted / actual:.2f}"))
+    tile = predicted_seconds(Published("H100 SXM", "256x256x65", AttentionKernel.CUDNN, 0, "decode", ""))
+    actual = measured["vae_tile"]["seconds"]
+    rows.append(("tile of 17x32x32 latents", f"{tile:.3f}", f"{actual:.3f}", f"{tile / actual:.2f}"))
+    headings = ("what", "predicted s", "measured s", "ratio")
+    return ["", "## On a GPU", "", *_GPU_TEXT.split("\n"), "", f"- {machine}", "", *report.table(headings, rows)]
 
 
 def plan_of(row: SinglePlan) -> Plan:
@@ -256,6 +280,7 @@ def _comparison_table(comparisons: list[Comparison]) -> list[str]:
 def _constants() -> list[str]:
     named: tuple[tuple[str, Constant], ...] = (
         ("matrix products, share of the dense rate", kernels.GEMM),
+        ("matrix products in 8 bits, likewise", kernels.GEMM_8_BIT),
         ("convolutions, share of the dense rate", kernels.CONVOLUTION),
         ("memory, share of the bandwidth", kernels.BANDWIDTH),
         ("export, bytes", memory.EXPORT_BYTES),
@@ -276,7 +301,8 @@ def _constants() -> list[str]:
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--bundle", "bundles", multiple=True, type=click.Path(exists=True, path_type=Path), help="A real build.")
 @click.option("--output", default="benchmarks/planner.md", show_default=True, type=click.Path(path_type=Path))
-def main(bundles: tuple[Path, ...], output: Path) -> None:
+@click.option("--measured", default="benchmarks/planner_h100.json", type=click.Path(exists=True, path_type=Path))
+def main(bundles: tuple[Path, ...], output: Path, measured: Path) -> None:
     """Compare the planner with published times and real builds."""
     command = " ".join(["python -m reelforge.tools.bench.planner", *(f"--bundle {path.name}" for path in bundles)])
     lines = [
@@ -287,6 +313,7 @@ def main(bundles: tuple[Path, ...], output: Path) -> None:
         *_INTRODUCTION.split("\n"),
         *_published(),
         *_flash_3(),
+        *_gpu(measured),
         *_builds(bundles),
         *_constants(),
     ]

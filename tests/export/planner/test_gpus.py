@@ -78,7 +78,14 @@ def test_a_kernel_without_figures_for_such_a_gpu_is_refused() -> None:
         attention_rate(AttentionKernel.FLASH_3, find_gpu("RTX 4090"))
 
 
+def test_our_plugin_is_measured_on_one_gpu_and_scaled_to_others() -> None:
+    here, there = (attention_rate(AttentionKernel.PLUGIN, find_gpu(name)) for name in ("H100", "RTX 4090"))
+    assert (here.rate, here.extrapolated) == (760e12, False)
+    assert there.rate == pytest.approx(431e12 * 760 / 882)
+    assert there.extrapolated
+
+
 def test_only_tensorrt_takes_the_plugins() -> None:
-    assert default_kernels(Backend.TRT)[Precision.FP8] is AttentionKernel.SAGE_2
+    assert default_kernels(Backend.TRT)[Precision.FP8] is AttentionKernel.PLUGIN
     assert default_kernels(Backend.RTX)[Precision.FP8] is AttentionKernel.FUSED_FP8
     assert Precision.FP32 not in default_kernels(Backend.CUDA)
