@@ -12,6 +12,7 @@ positive numbers.
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,15 +68,14 @@ class _Registration:
 
     def register(self) -> None:
         plugin = f"{NAMESPACE}::{self.schema.name}"
-        desc = self.trtp.TensorDesc
-        kernel = tuple[str | bytes, str | bytes, self.trtp.KernelLaunchParams, self.trtp.SymIntExprs]
-        outputs = tuple[(desc,) * len(self.schema.outputs)]
-        last = {"outputs": outputs}
-        described = _with_signature(self.describe, self._parameters(), outputs)
-        self.trtp.register(plugin)(described)
-        combinations = list[self.trtp.AutoTuneCombination]
-        self.trtp.autotune(plugin)(_with_signature(self.offer, self._parameters() | last, combinations))
-        self.trtp.aot_impl(plugin)(_with_signature(self.build, self._parameters() | last | {"tactic": int}, kernel))
+        trtp, generic = self.trtp, types.GenericAlias  # annotations of classes that are known at run time only
+        outputs = generic(tuple, (trtp.TensorDesc,) * len(self.schema.outputs))
+        kernel = generic(tuple, (str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymIntExprs))
+        offered = generic(list, (trtp.AutoTuneCombination,))
+        first, last = self._parameters(), {"outputs": outputs}
+        trtp.register(plugin)(_with_signature(self.describe, first, outputs))
+        trtp.autotune(plugin)(_with_signature(self.offer, first | last, offered))
+        trtp.aot_impl(plugin)(_with_signature(self.build, first | last | {"tactic": int}, kernel))
 
     def describe(self, *inputs: Any, **attributes: int | float | str) -> tuple[Any, ...]:
         """Return the outputs' descriptions."""
@@ -94,8 +94,8 @@ class _Registration:
         """Return the one combination of types, with the tactics that have these attributes."""
         inputs, values, _ = self._split(arguments[:-1])
         activation = self._activation(inputs, values)
-        types = [tensor.dtype or activation for tensor in (*self.schema.inputs, *self.schema.outputs)]
-        names = [_COMBINATION_NAMES.get(dtype.tensorrt_name, dtype.tensorrt_name) for dtype in types]
+        dtypes = [tensor.dtype or activation for tensor in (*self.schema.inputs, *self.schema.outputs)]
+        names = [_COMBINATION_NAMES.get(dtype.tensorrt_name, dtype.tensorrt_name) for dtype in dtypes]
         fitting = [number for number, variant in enumerate(self._variants(inputs, values), 1) if variant is not None]
         if not fitting:
             raise BuildError(

@@ -64,7 +64,8 @@ def measured(path: Path) -> list[str]:
         "**Measured on the GPU named here; the only section of which that is true.** One attention of 24 heads of 128,",
         "batch 1, 256 text tokens. Median of launches between CUDA events after warming up (smallest-largest, number);",
         "clocks as found. *TOPS* counts the two products of the visited blocks. Errors are against float64 attention",
-        "of the same inputs before quantisation, over 48 queries spread over the sequence; values have a mean.",
+        "of the same inputs before quantisation, over 48 queries spread over the sequence; values have a mean. PyTorch",
+        "is given q and k already normalised, rotated and in its own order, which is in none of its times.",
         "",
         *(f"- {name}: {value}" for name, value in machine.items()),
         f"- kernels compiled with Triton {next(iter(result['kernels'].values()))['triton']}, "
