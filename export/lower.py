@@ -16,6 +16,7 @@ from reelforge.export.passes.lower_frame_causal_attention import LowerFrameCausa
 from reelforge.export.passes.lower_group_norm import LowerGroupNormPass
 from reelforge.export.passes.lower_key_lengths import LowerKeyLengthsPass
 from reelforge.export.passes.lower_linear import LowerLinearPass
+from reelforge.export.passes.mask_key_lengths import MaskKeyLengthsPass
 from reelforge.export.passes.quantise_attention import AttentionScales, QuantiseAttentionPass
 from reelforge.export.passes.quantise_layers import IntegerInputs, QuantisedLayer, QuantiseLayersPass
 from reelforge.runtime.recipe import Backend, Precision, Target
@@ -44,7 +45,7 @@ def passes_for(target: Target, eight_bit: EightBit) -> Sequence[InPlacePass]:
     compiled = (
         common.IdentityEliminationPass(),
         DecomposeFrameCausalAttentionPass(_logits(target)),
-        LowerKeyLengthsPass(),
+        MaskKeyLengthsPass(),
         LowerLinearPass(),
         common.RemoveUnusedNodesPass(),
         QuantiseLayersPass(eight_bit.layers, IntegerInputs.SIGNED),

@@ -22,6 +22,7 @@ TYPES = {
 """The compilers' words."""
 
 _SHOWN = 5
+_LENGTHS = "Int32"
 
 
 def check_plan(stage: str, profiles: Sequence[Sequence[LayerRecord]], expected: Expected) -> None:
@@ -75,7 +76,9 @@ def _attention_problems(layers: Sequence[LayerRecord], expected: Expected) -> It
         if len(records) != 1:
             yield name, f"not fused: {len(records)} attention kernels and {len(products.get(name, []))} products"
             continue
-        types = records[0].inputs[:3]
+        queries, keys, *others = records[0].inputs
+        values = [kind for kind in others if kind != _LENGTHS][-1:]  # a mask comes before them
+        types = (queries, keys, *values)
         if set(types) != {TYPES[precision]}:
             yield name, f"fused in {', '.join(types)}, wanted {precision.value}"
 

@@ -75,6 +75,12 @@ def attention_nodes(graph: ir.Graph) -> dict[str, ir.Node]:
     return nodes
 
 
+def attention_name(node: ir.Node) -> str:
+    """Return what the attention that replaces ``node`` is called, so that :func:`attention_nodes` knows its block."""
+    path, _, _ = str(node.name).rpartition(".")
+    return f"{path}.Attention" if path else f"{node.name}.Attention"
+
+
 def stored_value(value: ir.Value | None) -> ir.Value | None:
     """Return the initialiser that ``value`` is, or is a cast of."""
     if value is None:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, PostconditionError
 
 from reelforge.export.passes.editing import GraphEditor
+from reelforge.export.passes.layers import attention_name
 from reelforge.export.portable import DOMAIN, KEY_LENGTHS_OP
 
 
@@ -23,7 +24,8 @@ class LowerKeyLengthsPass(InPlacePass):
             query, key, value, lengths = node.inputs
             editor = GraphEditor(model.graph, node)
             kind = None if query is None else query.type
-            editor.replace(editor.emit("Attention", [query, key, value, None, None, None, lengths], kind=kind))
+            operands = [query, key, value, None, None, None, lengths]
+            editor.replace(editor.emit("Attention", operands, kind=kind, name=attention_name(node)))
         if found:
             model.graph.opset_imports[""] = 24
         return PassResult(model, modified=bool(found))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from reelforge.export.engines.check import check_plan
@@ -29,6 +31,15 @@ def test_as_promised() -> None:
     check_plan("dit", [GOOD, GOOD], EXPECTED)
     check_plan("dit", [()], Expected())
     check_plan("dit", [(gemm("a", kind="convolution"),)], Expected(layers={"a": Precision.FP8}))
+
+
+def test_a_mask_comes_before_the_values() -> None:
+    def masked(values: str) -> LayerRecord:
+        return replace(attention("c"), inputs=("FP8", "FP8", "BFloat16", values))
+
+    check_plan("dit", [(*GOOD[:2], masked("FP8"))], EXPECTED)
+    with pytest.raises(BuildError, match="c: fused in FP8, FP8, Half, wanted fp8"):
+        check_plan("dit", [(*GOOD[:2], masked("Half"))], EXPECTED)
 
 
 def test_a_neighbour_that_names_a_layer_too() -> None:
