@@ -40,6 +40,11 @@ _GB = 1e9
     type=click.FloatRange(0, min_open=True),
     help="GB of memory of the machine that builds; this machine's by default.",
 )
+@click.option(
+    "--builder-memory",
+    type=click.FloatRange(0, min_open=True),
+    help="As for build-engine: GB that compiling a plan may take. Half of the machine's by default.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 def plan(
     checkpoint: Path,
@@ -57,6 +62,7 @@ def plan(
     gpu: str | None,
     steps: int | None,
     memory: float | None,
+    builder_memory: float | None,
     as_json: bool,
 ) -> None:
     """Predict what building CHECKPOINT costs, and what a video made with it does.
@@ -72,7 +78,7 @@ def plan(
     """  # noqa: D301 - \b is click's mark for text that it does not wrap
     parsed_target = Target.parse(target)
     parsed_shapes = tuple(VideoShape.parse(text) for text in shapes.split(",") if text.strip())
-    from reelforge.export.build_request import BuildRequest, CalibrationRequest
+    from reelforge.export.build_request import BuildRequest, CalibrationRequest, CompilationRequest
     from reelforge.export.models.hunyuan_video.spec_from_checkpoint import Numerics
     from reelforge.export.planner.gpus import find_gpu
     from reelforge.export.planner.plan import PlanOptions
@@ -91,6 +97,7 @@ def plan(
         numerics=Numerics(numerics),
         prompt_template=prompt_template,
         calibration=CalibrationRequest(scales=scales),
+        compilation=CompilationRequest(memory_bytes=None if builder_memory is None else int(builder_memory * _GB)),
     )
     options = PlanOptions(
         gpu=None if gpu is None else find_gpu(gpu),

@@ -73,6 +73,21 @@ def test_steps_are_taken(tiny_checkpoint: Path) -> None:
     assert planned(tiny_checkpoint, "--steps", "7", *SHAPES)["buckets"][0]["steps"] == 7
 
 
+def test_the_usual_precision_is_the_targets(tiny_checkpoint: Path) -> None:
+    assert set(planned(tiny_checkpoint, *SHAPES)["precision"].values()) == {"fp32"}
+    assert set(planned(tiny_checkpoint, "--target", "rtx:sm89", *SHAPES)["precision"].values()) == {"bf16"}
+
+
+def test_memory_for_the_compiler_decides_how_stages_are_cut(tiny_checkpoint: Path) -> None:
+    options = ("--target", "rtx:sm89", *SHAPES)
+    parts = [
+        planned(tiny_checkpoint, *options, *more)["stages"]["dit"]["parts"]
+        for more in ((), ("--builder-memory", "0.301"))
+    ]
+    assert parts[0] == 1
+    assert parts[1] > 1
+
+
 def test_calibration_counts_unless_scales_are_given(tiny_checkpoint: Path, tmp_path: Path) -> None:
     options = ("--precision", "int8", *SHAPES)
     assert planned(tiny_checkpoint, *options)["export_bytes"] > 10e9
