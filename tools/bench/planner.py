@@ -52,7 +52,9 @@ _BUILDS_TEXT = """\
 Plans compiled by TensorRT-RTX without a GPU, fp16 unless said. Activations are what the compiler states as its total
 for a profile; builder memory is the peak of anonymous memory, sampled. Seconds were taken beside other work on two
 cores. The first table holds single plans, each of the others one bundle, compared from its own manifest and receipts.
-All are of the model's real width, with fewer blocks where a name says so."""
+All are of the model's real width, with fewer blocks where a name says so. The tensors that are alive together and the
+builder's constants were read off the single plans and the bundles of 1 and of 4+4 blocks, so that their ratios say how
+well the model describes them; weights, and whatever other bundles hold, are predictions."""
 
 
 @dataclass(frozen=True)
