@@ -28,7 +28,7 @@ from reelforge.runtime.bundle.write import BundleWriter
 from reelforge.runtime.errors import CheckpointError, RequestError
 from reelforge.runtime.manifest import SCHEMA_VERSION, Manifest, PromptTemplate, StageEntry
 from reelforge.runtime.quality import QualityReport
-from reelforge.runtime.recipe import Precision, Recipe, VideoShape, resolve_precisions
+from reelforge.runtime.recipe import Backend, Precision, Recipe, VideoShape, resolve_precisions
 from reelforge.runtime.spec import ModelSpec
 
 _LIBRARIES = ("reelforge", "torch", "onnx", "onnx-ir", "onnxscript", "transformers")
@@ -168,6 +168,13 @@ def open_source(request: BuildRequest) -> BuildSource:
 
 
 def _check_request(request: BuildRequest, stage_names: tuple[str, ...], spec: ModelSpec) -> None:
+    if request.verify and request.target.backend is not Backend.CPU:
+        raise RequestError(
+            f"the numbers of a bundle for {request.target} cannot be verified where it is built.",
+            received=f"--verify with --target {request.target}",
+            expected="--verify with --target cpu, whose graphs run on this machine",
+            fix="leave --verify out; receipts say what a plan is made of",
+        )
     unknown = [name for name in (*request.stages, *request.kept) if name not in stage_names]
     if unknown:
         raise RequestError(

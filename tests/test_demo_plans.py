@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from reelforge.calibration.scale_file import read_scale_file, write_scale_file
 from reelforge.export.build import build_bundle
@@ -26,6 +27,7 @@ from reelforge.runtime.plan_file import check_header
 from reelforge.runtime.receipt import Receipt
 from reelforge.runtime.recipe import EVERY_STAGE, Backend, Precision, Target, VideoShape
 from reelforge.tools.bench.invented_scales import write_invented_scales
+from reelforge.tools.verify import verify
 from tests.bundles import TraceMemory, locked, session_folder
 
 CHECKPOINT = Path("demo/checkpoint").absolute()
@@ -178,6 +180,12 @@ def test_a_stage_that_is_too_large_is_compiled_in_parts(builds: Builds, fp8: Bui
     assert not list(request.output.glob("compiled*"))
 
 
+def test_weights_are_verified_and_numbers_are_not(fp8: BuildRequest) -> None:
+    result = CliRunner().invoke(verify, [str(fp8.output), "--checkpoint", str(CHECKPOINT)])
+    assert result.exit_code == 0, result.output
+    assert "weights equal the checkpoint's; engines for rtx:sm89+sm120 do not run here" in result.output
+
+
 # Refusals.
 
 
@@ -186,6 +194,7 @@ def test_a_stage_that_is_too_large_is_compiled_in_parts(builds: Builds, fp8: Bui
     [
         ("rtx:sm86", {}, RequestError, ["sm86 cannot compute in fp8", "sm89"]),
         ("rtx:sm89", {"high_precision": Precision.FP32}, RequestError, ["fp32", "no fp32 attention", "use bf16"]),
+        ("rtx:sm89", {"verify": True}, RequestError, ["cannot be verified", "--target rtx:sm89", "leave --verify out"]),
         ("trt:sm90", {}, BuildError, ["TensorRT compiles for the GPU", "sm90", "fix: "]),
         ("rtx:sm89", {"shapes": (VideoShape(16, 16, 1),), "attention": Precision.FP8}, RequestError, ["too small"]),
     ],

@@ -32,21 +32,27 @@ def verify(bundle: Path, checkpoint: Path, as_json: bool) -> None:
     engine runs beside the module it was captured from, in fp32, on the same small inputs; a difference above the
     stage's tolerance fails with exit code 6. Needs the compiler's libraries: pip install 'reelforge[export]'.
 
+    A bundle for a GPU does not run here: of such a one only files and weights are checked.
+
     What a quantised bundle stores in 8 bits is quantised again from CHECKPOINT and compared by digest; the numbers of
     such a stage were measured when it was built, see `reelforge inspect`.
     """
     from reelforge.export.verify import bundle_stages, measure_stages, require_within
     from reelforge.export.verify_weights import compare_weights
     from reelforge.runtime.bundle.open import Bundle
+    from reelforge.runtime.recipe import Backend
 
     opened = Bundle.open(bundle)
     compared = compare_weights(opened, checkpoint)
-    parities = measure_stages(opened.path, opened.manifest, bundle_stages(opened))
+    executable = opened.manifest.target.backend is Backend.CPU
+    parities = measure_stages(opened.path, opened.manifest, bundle_stages(opened)) if executable else []
     if as_json:
         stages = {p.stage: {"difference": p.difference, "tolerance": p.tolerance, "within": p.within} for p in parities}
         click.echo(json.dumps({"bundle": str(bundle), "weights_compared": compared, "stages": stages}))
-    else:
+    elif executable:
         _print(parities, compared)
+    else:
+        click.echo(f"{compared} weights equal the checkpoint's; engines for {opened.manifest.target} do not run here")
     require_within(parities)
 
 
