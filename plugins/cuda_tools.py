@@ -15,7 +15,7 @@ from pathlib import Path
 
 from reelforge.runtime.errors import BuildError
 
-_TENSOR_CORES = frozenset({"IMMA", "HMMA", "QMMA", "IGMMA", "HGMMA", "QGMMA"})
+_TENSOR_CORES = frozenset({"IMMA", "HMMA", "QMMA", "IGMMA", "HGMMA", "QGMMA", "UTCIMMA", "UTCHMMA", "UTCQMMA"})
 _INSTRUCTION = re.compile(
     r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(?P<name>[A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)", re.MULTILINE
 )

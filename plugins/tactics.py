@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from reelforge.plugins.schema import PLUGINS, PV_16BIT, PV_FP8, DType, PluginSchema
+from reelforge.plugins.schema import PLUGINS, PV_16BIT, PV_FP8, PV_FP8_FP16_ACCUMULATOR, DType, PluginSchema
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ ARCHITECTURES: Mapping[int, Architecture] = MappingProxyType(
             Architecture(86, "sm_86", 84, 99 << 10, "IMMA", None),
             Architecture(89, "sm_89", 87, 99 << 10, "IMMA", "QMMA"),
             Architecture(90, "sm_90a", 84, 227 << 10, "IGMMA", "QGMMA"),
+            Architecture(100, "sm_100a", 87, 227 << 10, "UTCIMMA", "UTCQMMA"),
             Architecture(120, "sm_120a", 88, 99 << 10, "IMMA", "QMMA"),
         )
     }
@@ -99,8 +100,10 @@ def tactics(plugin: str, architecture: int) -> tuple[Tactic, ...]:
         return _VALUE_STATISTICS if "statistics" in plugin else _QUANTISE_VALUES
     pv = schema.constants["PV"]
     tiles: tuple[Tactic, ...] = _SMALL_TILES
-    if architecture == 90:
-        tiles = _HOPPER_TILES if pv == PV_FP8 else ()  # Hopper's fp16 accumulator is no faster than its fp32 one
+    if pv == PV_FP8_FP16_ACCUMULATOR and architecture in (90, 100):
+        tiles = ()  # an fp16 accumulator is no faster there
+    elif architecture == 90:
+        tiles = _HOPPER_TILES if pv == PV_FP8 else ()
     elif has_fp8 == (pv == PV_16BIT):
         tiles = ()
     if schema.kernel == "block_sparse_attention":
@@ -183,6 +186,6 @@ def _attribute_choices(
         return (() if key_group == 64 else (("key_group", key_group),),)
     if plugin == "rotary_qk_norm_quantise" and architecture == 90:
         return ((), (("key_group", 128),))
-    if plugin == "value_quantise" and architecture != 90:
+    if plugin == "value_quantise" and architecture not in (90, 100):
         return ((), (("value_range", 2.25),))
     return ((),)

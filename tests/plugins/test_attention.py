@@ -6,6 +6,8 @@ import importlib
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from reelforge.plugins.interpreter import Interpreter
 from reelforge.plugins.kernels import int8_attention_reference as reference
@@ -105,3 +107,26 @@ def test_huge_scores_do_not_overflow(interpreter: Interpreter) -> None:
     assert np.isfinite(out).all()
     # Nearly a hard maximum: every output is close to one value, so that the oracle's own key wins or ties.
     assert cosine(out, problem.exact()) > 0.98
+
+
+@given(
+    st.integers(1, 150),
+    st.integers(0, 90),
+    st.sampled_from([64, 128]),
+    st.sampled_from(sorted(GOALS)),
+    st.integers(0, 2**32 - 1),
+    st.data(),
+)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_lengths(
+    interpreter: Interpreter, image: int, text: int, head_dim: int, pv: str, seed: int, data: st.DataObject
+) -> None:
+    problem = Problem(image, text, head_dim, heads=1, batch=2, seed=seed, activation=DType.FLOAT16)
+    lengths = [data.draw(st.integers(1, image + text)) for _ in range(2)]
+    problem.tensors["key_lengths"] = np.array(lengths, np.int32)
+    out = problem.attend(interpreter, pv)
+    exact = problem.exact()
+    assert np.isfinite(out).all()
+    # The error of a value's format does not shrink where few keys share the weight.
+    assert np.abs(out - exact).max() <= 0.08 * np.abs(problem.tensors["v"].astype(np.float64)).max()
+    assert cosine(out, exact) > 0.9985
