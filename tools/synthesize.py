@@ -202,7 +202,8 @@ def _write_tokenizers(llm_folder: Path, clip_folder: Path, spec: ModelSpec) -> N
 @click.option(
     "--content",
     type=click.Choice([item.value for item in Content]),
-    help="sparse: a stamp per tensor, the rest holes. random: values everywhere.  [default: random; full: sparse]",
+    help="sparse: stamps at both ends of each tensor, the rest holes. random: values everywhere.  [default: random; "
+    "full: sparse]",
 )
 @click.option(
     "--dtype",

@@ -28,7 +28,7 @@ CHUNK_ELEMENTS = 1 << 22
 class Content(enum.Enum):
     """What the tensors hold."""
 
-    SPARSE = "sparse"  # a distinct stamp, then a hole
+    SPARSE = "sparse"  # distinct stamps at both ends, between them a hole
     RANDOM = "random"  # finite values everywhere, scaled so that the network's outputs stay near unit scale
 
 
@@ -65,12 +65,24 @@ class Values:
 
 
 def piece_values(piece: Piece, values: Values) -> Iterator[bytes]:
-    """Yield the little-endian bytes of ``piece`` in chunks; sparse content ends early."""
-    key = hashlib.sha256(f"{values.seed}:{piece.name}".encode()).digest()[:16]
-    bits = np.random.Philox(key=int.from_bytes(key, "little"))
+    """Yield the little-endian bytes of ``piece`` in chunks; sparse content ends early (see ``piece_end``)."""
     left = piece.elements
     if values.content is Content.SPARSE:
         left = min(left, STAMP_BYTES // values.dtype.bytes)
+    yield from _drawn(piece, piece.name, left, values)
+
+
+def piece_end(piece: Piece, values: Values) -> bytes:
+    """Return the last bytes of sparse content: whoever reads only some columns of a matrix finds something, too."""
+    count = STAMP_BYTES // values.dtype.bytes
+    if values.content is not Content.SPARSE or piece.elements < 2 * count:
+        return b""
+    return b"".join(_drawn(piece, f"{piece.name}:end", count, values))
+
+
+def _drawn(piece: Piece, name: str, left: int, values: Values) -> Iterator[bytes]:
+    key = hashlib.sha256(f"{values.seed}:{name}".encode()).digest()[:16]
+    bits = np.random.Philox(key=int.from_bytes(key, "little"))
     while left:
         count = min(left, CHUNK_ELEMENTS)
         words = np.asarray(bits.random_raw((count + 1) // 2), dtype="<u8").view("<u4")[:count]
@@ -121,6 +133,9 @@ def _write_pieces(file: BinaryIO, base: int, tensors: Sequence[TensorLayout], va
             for chunk in piece_values(piece, values):
                 file.write(chunk)
             offset += piece.elements * values.dtype.bytes
+            if end := piece_end(piece, values):
+                file.seek(offset - len(end))
+                file.write(end)
 
 
 def write_sharded(folder: Path, stem: str, tensors: Sequence[TensorLayout], values: Values, shard_bytes: int) -> None:

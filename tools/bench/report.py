@@ -44,11 +44,14 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
 
 
 def commit() -> str:
-    """Return the checked out commit, marked if files differ from it."""
-    result = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip() or "unknown"
+    """Return the checked out commit, marked if files differ from it; those under benchmarks/ are results."""
+    name = _git("rev-parse", "--short=12", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks")
+    return f"{name}-dirty" if name and changed else name or "unknown"
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
 
 
 def write(path: Path, lines: Sequence[str]) -> None:
