@@ -46,8 +46,10 @@ $(STAMP): pyproject.toml constraints.txt
 		exit 1; fi
 	"$(PYTHON)" -m venv "$(VENV)"
 	"$(BIN)/python" -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
-	@# Alone: what it depends on is TensorRT itself, of which the tests only read the names.
-	"$(BIN)/python" -m pip install --disable-pip-version-check --quiet --no-deps 'tensorrt-stubs==10.13.0.35.1'
+	@# Alone: what they depend on is TensorRT and CUDA themselves. Tests read names in the stubs, drive the bindings' plugin
+	@# module over a stub of its native half, and let CUDA 13.0's assembler judge the attention kernels.
+	"$(BIN)/python" -m pip install --disable-pip-version-check --quiet --no-deps \
+		'tensorrt-stubs==10.13.0.35.1' 'tensorrt-cu13-bindings==11.4.0.106' 'nvidia-cuda-nvcc==13.0.88'
 	@touch "$@"
 
 demo: $(STAMP) ## Build the INT8 demo bundle; generate out/demo.mp4 and the contact sheet out/demo.png
