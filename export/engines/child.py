@@ -2,9 +2,7 @@
 
 Reads a :class:`PlanRequest`, compiles it, checks the plan against what is expected of it, and leaves plan and receipt
 under their names; what it says goes through the pipe ``DESCRIPTOR``. Where it fails, it leaves neither. It dies when
-its parent does. It runs at fixed addresses where the system allows that: TensorRT-RTX orders some of its work by
-pointers, and two builds of a large graph gave plans that differ in the names of a few kernels (seen with the VAE's
-decoder; without address randomisation they were equal). The module does not know why a plan is wanted.
+its parent does. The module does not know why a plan is wanted.
 """
 
 from __future__ import annotations
@@ -27,8 +25,6 @@ from reelforge.runtime.errors import BuildError, ReelforgeError
 from reelforge.runtime.receipt import RECEIPT_VERSION, Receipt
 
 _PR_SET_PDEATHSIG = 1
-_ADDR_NO_RANDOMIZE = 0x0040000
-_ASK = 0xFFFFFFFF
 FAILED = 3
 """Exit status after an error that was passed on."""
 
@@ -36,7 +32,6 @@ FAILED = 3
 def main(arguments: list[str]) -> int:
     """Carry out one job."""
     job, descriptor = Path(arguments[0]), int(arguments[1])
-    _fix_addresses()
     _die_with_parent()
     sender = Sender(descriptor)
     try:
@@ -94,17 +89,6 @@ def _write(path: Path, text: str) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise BuildError(f"{path} cannot be written.", received=str(error), expected="room for the receipt") from error
-
-
-def _fix_addresses() -> None:
-    """Begin again without address randomisation, unless the system forbids that (containers may)."""
-    if sys.platform != "linux":
-        return
-    personality = ctypes.CDLL(None).personality
-    current = personality(_ASK)
-    if current == -1 or current & _ADDR_NO_RANDOMIZE or personality(current | _ADDR_NO_RANDOMIZE) == -1:
-        return
-    os.execv(sys.executable, sys.orig_argv)
 
 
 def _die_with_parent() -> None:
