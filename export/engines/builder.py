@@ -147,6 +147,11 @@ def _configure(module: Module, config: Any, request: PlanRequest) -> None:
         config.num_compute_capabilities = len(request.target.architectures)
         for index, name in enumerate(request.target.architectures):
             config.set_compute_capability(getattr(module.ComputeCapability, name.upper()), index)
+        # With it no execution allocates memory, however large the tensors, so that a step can be recorded in a CUDA
+        # graph; the runtime gives all activation memory anyway. A graph that would have to allocate is refused.
+        flag = getattr(module.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)  # since TensorRT-RTX 1.7
+        if flag is not None:
+            config.set_flag(flag)
 
 
 def _profiles(builder: Any, network: Any, request: PlanRequest) -> list[Any]:

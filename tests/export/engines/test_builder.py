@@ -126,6 +126,30 @@ def test_a_compiler_without_attention(tmp_path: Path, rtx: Any) -> None:
     assert "received: tensorrt 10.13.0" in str(caught.value)
 
 
+def test_executions_allocate_nothing(tmp_path: Path, rtx: Any) -> None:
+    """The plan says so, where the compiler can; kernels and memory are the same with and without."""
+
+    class Older:
+        """The module as it was before the flag came."""
+
+        BuilderFlag = object()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(rtx, name)
+
+    graph = save_attention(tmp_path / "g.onnx", eight_bits=True)
+    request = request_for(graph, "rtx:sm89+sm120", expect_attention(Precision.FP8), out=tmp_path)
+    plans, information = [], []
+    for module in (rtx, rtx, Older()):
+        built = build_plan(module, request)
+        built.writer.finish()
+        plans.append(Path(request.plan).read_bytes())
+        information.append(built.information)
+    assert plans[0] == plans[1]
+    assert plans[0] != plans[2]
+    assert information[0] == information[2]
+
+
 def test_the_parser_refuses(tmp_path: Path, rtx: Any) -> None:
     graph = save_linears(tmp_path / "g.onnx", domain="trt")
     with pytest.raises(BuildError, match="did not parse the graph of stage 'toy'") as caught:
