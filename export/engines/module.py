@@ -60,7 +60,7 @@ def load_module(backend: Backend) -> Module:
             f"{name} cannot be imported, and plans for {backend.value!r} are compiled with it.",
             received=str(error),
             expected=f"the package {name.replace('_', '-')}",
-            fix=f"pip install reelforge[{extra}]",
+            fix=f"pip install reelforge[export,{extra}]",
         ) from error
     missing = [needed for needed in _NEEDED if not hasattr(module, needed)]
     if missing:
@@ -68,7 +68,7 @@ def load_module(backend: Backend) -> Module:
             f"this version of {name} is too old.",
             received=f"{backend_name(module)} without {', '.join(missing)}",
             expected="TensorRT-RTX 1.7, or TensorRT 10.13, or newer",
-            fix=f"pip install --upgrade reelforge[{extra}]",
+            fix=f"pip install --upgrade reelforge[export,{extra}]",
         )
     return module
 

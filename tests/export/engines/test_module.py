@@ -19,7 +19,7 @@ def test_not_installed(monkeypatch: pytest.MonkeyPatch, backend: Backend, name: 
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(BuildError, match=f"{name} cannot be imported") as caught:
         load_module(backend)
-    assert f"fix: pip install reelforge[{extra}]" in str(caught.value)
+    assert f"fix: pip install reelforge[export,{extra}]" in str(caught.value)
 
 
 def test_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
