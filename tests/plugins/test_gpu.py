@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reelforge.plugins import patterns
 from reelforge.plugins.kernels import rotary_quantise_reference as rotary
 from reelforge.plugins.kernels import value_quantise_reference as values
 from reelforge.plugins.kernels.block_sparse_attention_reference import visible_keys
 from reelforge.plugins.kernels.int8_attention_reference import attention
-from reelforge.plugins.patterns import Layout, block_lists
 from reelforge.plugins.schema import DType
 from reelforge.plugins.tactics import ARCHITECTURES, tactics
+from reelforge.runtime.attention import patterns
+from reelforge.runtime.attention.patterns import Layout, block_lists
 from reelforge.tools.bench.attention_problems import ATTENTION, EPS, SPARSE, Problem, cosine, relative_l1
 from tests.plugins.gpu_runner import GpuRunner
 

@@ -11,9 +11,9 @@ import onnx_ir as ir
 import pytest
 
 from reelforge.plugins.onnx_nodes import ONNX_TYPES, AttentionChoice, attention_chain, plugin_node
-from reelforge.plugins.patterns import Layout, block_lists, dense
 from reelforge.plugins.registration import OUTPUT_TYPE
 from reelforge.plugins.schema import NAMESPACE, PLUGINS, DType
+from reelforge.runtime.attention.patterns import Layout, block_lists, dense
 from reelforge.tools.bench.attention_problems import Problem, cosine
 
 GIVEN = ("q", "k", "v", "query_norm", "key_norm", "rope_cos", "rope_sin", "key_lengths")

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reelforge.plugins import patterns
 from reelforge.plugins.interpreter import Interpreter
 from reelforge.plugins.kernels.block_sparse_attention_reference import block_sparse_attention, visible_keys
 from reelforge.plugins.kernels.int8_attention_reference import attention
-from reelforge.plugins.patterns import Layout, block_lists
 from reelforge.plugins.schema import PLUGINS
-from reelforge.plugins.token_order import TileOrder, enter, leave
+from reelforge.runtime.attention import patterns
+from reelforge.runtime.attention.patterns import Layout, block_lists
+from reelforge.runtime.attention.token_order import TileOrder, enter, leave
 from reelforge.tools.bench.attention_problems import SPARSE, Problem, cosine
 
 ORDERS = st.builds(

@@ -17,10 +17,10 @@ from typing import Any
 import click
 import numpy as np
 
-from reelforge.plugins import patterns
 from reelforge.plugins.compile import CompiledKernel, load_kernels
-from reelforge.plugins.patterns import Layout, block_lists
-from reelforge.plugins.token_order import TileOrder
+from reelforge.runtime.attention import patterns
+from reelforge.runtime.attention.patterns import Layout, block_lists
+from reelforge.runtime.attention.token_order import TileOrder
 from reelforge.tools.bench.attention_gpu import (
     HEAD_DIM,
     HEADS,

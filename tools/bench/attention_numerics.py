@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from reelforge.plugins import patterns
 from reelforge.plugins.interpreter import Interpreter
 from reelforge.plugins.kernels.block_sparse_attention_reference import visible_keys
-from reelforge.plugins.patterns import Layout, block_lists
 from reelforge.plugins.schema import DType
+from reelforge.runtime.attention import patterns
+from reelforge.runtime.attention.patterns import Layout, block_lists
 from reelforge.tools.bench import report
 from reelforge.tools.bench.attention_problems import ATTENTION, EPS, Array, Problem, cosine, relative_l1
 

@@ -1,8 +1,8 @@
-"""Which key blocks each query block visits: dense, sliding tile, radial, top-k; lists for ``block_sparse_attention``.
+"""Which key blocks each query block visits: dense, sliding tile, radial, top-k; lists for block-sparse attention.
 
-A mask here is bool [query blocks, key blocks], or with heads in front. Query blocks are of 128 tokens, key blocks of
-``key_group``; image tokens come first, then text. Text keys are visible to all, and text queries see everything. The
-module does not know when which pattern is good: the map from heads and steps to patterns is the caller's.
+A mask here is bool [query blocks, key blocks], or with heads in front. Image tokens come first, then text. Text keys
+are visible to all, and text queries see everything. The module does not know when which pattern is good: the map from
+heads and steps to patterns is the caller's (``runtime.attention.table``).
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from reelforge.plugins.schema import PAD
-from reelforge.plugins.token_order import Grid, TileOrder
+from reelforge.runtime.attention.token_order import Grid, TileOrder
 
 Mask = NDArray[np.bool_]
+
+QUERY_BLOCK = 128
+"""Queries of a block of the kernels."""
 
 
 @dataclass(frozen=True)
 class BlockLists:
-    """Masks of all heads as run-time inputs of the kernel.
+    """Masks of all heads as run-time inputs of the kernel; heads with equal masks share entries.
 
     Attributes:
         block_index: int32 [entries].
@@ -36,8 +38,31 @@ class BlockLists:
     @property
     def density(self) -> float:
         """Visited share of all pairs of blocks."""
-        heads, closed = self.block_start.shape
-        return float(self.block_index.size / (heads * (closed - 1) * self.key_blocks))
+        lengths = np.diff(self.block_start.astype(np.int64), axis=-1)
+        return float(lengths.sum() / (lengths.size * self.key_blocks))
+
+
+class ListPool:
+    """Lists of many masks behind one another, each mask once: one ``block_index`` for heads and steps alike."""
+
+    def __init__(self) -> None:
+        self._starts: dict[bytes, NDArray[np.int32]] = {}
+        self._entries: list[NDArray[np.int32]] = []
+        self._length = 0
+
+    def add(self, mask: Mask) -> NDArray[np.int32]:
+        """Add a mask [query blocks, key blocks] if it is new, and return its row of ``block_start``."""
+        key = np.packbits(mask).tobytes()
+        if key not in self._starts:
+            ends = self._length + np.cumsum(mask.sum(1))
+            self._starts[key] = np.concatenate(([self._length], ends)).astype(np.int32)
+            self._entries.append(np.nonzero(mask)[1].astype(np.int32))
+            self._length = int(ends[-1])
+        return self._starts[key]
+
+    def index(self) -> NDArray[np.int32]:
+        """Return ``block_index`` of all masks so far."""
+        return np.concatenate(self._entries)
 
 
 @dataclass(frozen=True)
@@ -48,11 +73,13 @@ class Layout:
         image_tokens: Slots of the image, padding included.
         text_tokens: Behind them.
         key_group: Tokens of a key block.
+        query_block: Tokens of a query block, a multiple of ``key_group``.
     """
 
     image_tokens: int
     text_tokens: int
     key_group: int
+    query_block: int = QUERY_BLOCK
 
     @property
     def tokens(self) -> int:
@@ -61,19 +88,33 @@ class Layout:
 
     @property
     def query_blocks(self) -> int:
-        """Blocks of 128 queries."""
-        return -(-self.tokens // PAD)
+        """Blocks of queries."""
+        return -(-self.tokens // self.query_block)
 
     @property
     def key_blocks(self) -> int:
-        """Blocks of ``key_group`` keys, in a sequence padded to 128."""
-        return self.query_blocks * PAD // self.key_group
+        """Blocks of ``key_group`` keys, in a sequence padded to whole query blocks."""
+        return self.query_blocks * self.query_block // self.key_group
+
+    @property
+    def own_blocks(self) -> int:
+        """Key blocks that a query block is made of."""
+        return self.query_block // self.key_group
+
+    @property
+    def ranked_blocks(self) -> int:
+        """Key blocks that hold nothing but image: those that a choice of the best chooses from."""
+        return self.image_tokens // self.key_group
+
+    def kept_blocks(self, share: float) -> int:
+        """Return how many ranked blocks a share keeps: at least a query block's own."""
+        return min(max(self.own_blocks, round(share * self.ranked_blocks)), self.ranked_blocks)
 
     def with_text(self, image: Mask) -> Mask:
         """Return ``image`` with text keys visible to all and text queries that see everything."""
         mask = image.copy()
         mask[..., :, self.image_tokens // self.key_group :] = True
-        mask[..., self.image_tokens // PAD :, :] = True
+        mask[..., self.image_tokens // self.query_block :, :] = True
         mask[..., -(-self.tokens // self.key_group) :] = False  # nothing but padding
         return mask
 
@@ -100,12 +141,9 @@ class Layout:
 
 def block_lists(mask: Mask) -> BlockLists:
     """Return the lists of a mask [heads, query blocks, key blocks]."""
-    heads = mask.shape[0]
-    counts = mask.sum(2).reshape(-1)
-    ends = np.cumsum(counts).reshape(heads, -1)
-    starts = ends[:, :1] - mask[:, 0].sum(1)[:, None]
-    index = np.nonzero(mask)[2]
-    return BlockLists(index.astype(np.int32), np.concatenate((starts, ends), axis=1).astype(np.int32), mask.shape[2])
+    pool = ListPool()
+    starts = np.stack([pool.add(head) for head in mask])
+    return BlockLists(pool.index(), starts, mask.shape[2])
 
 
 def dense(layout: Layout) -> Mask:
@@ -133,7 +171,7 @@ def sliding_tile(layout: Layout, order: TileOrder, window: Grid) -> Mask:
         centre = np.clip(position, min(reach, tiles // 2), max(tiles - 1 - reach, tiles // 2))
         near &= np.abs(position[None, :] - centre[:, None]) <= reach
     tile = order.tile_of_slot()
-    queries = _membership(tile, PAD, layout.query_blocks)
+    queries = _membership(tile, layout.query_block, layout.query_blocks)
     keys = _membership(tile, layout.key_group, layout.key_blocks)
     seen = queries.astype(np.float32) @ near.astype(np.float32) @ keys.T.astype(np.float32) > 0
     return layout.with_text(np.asarray(seen))
@@ -157,8 +195,8 @@ def radial(layout: Layout, frames: int, frame_tokens: int, decay: float = 1.0) -
     if frames * frame_tokens != layout.image_tokens:
         raise ValueError(f"{frames} frames of {frame_tokens} tokens are not {layout.image_tokens} image tokens")
     mask = np.zeros((layout.query_blocks, layout.key_blocks), bool)
-    query_ends = [(b * PAD, min((b + 1) * PAD, layout.image_tokens)) for b in range(layout.query_blocks)]
-    group = layout.key_group
+    size, group = layout.query_block, layout.key_group
+    query_ends = [(b * size, min((b + 1) * size, layout.image_tokens)) for b in range(layout.query_blocks)]
     starts = np.minimum(np.arange(layout.key_blocks) * group, layout.image_tokens - 1)
     ends = np.minimum(starts + group, layout.image_tokens) - 1
     for block, (first, end) in enumerate(query_ends):
@@ -168,7 +206,7 @@ def radial(layout: Layout, frames: int, frame_tokens: int, decay: float = 1.0) -
         for at in (starts, ends):  # a key block may lie in two frames
             distance = np.abs(time[at] - time[middle])
             reach = decay * frame_tokens / 2.0 ** np.floor(np.log2(np.maximum(distance, 1)))
-            gap = np.maximum(np.abs(place[at] - place[middle]) - (PAD + group) // 2, 0)
+            gap = np.maximum(np.abs(place[at] - place[middle]) - (size + group) // 2, 0)
             kept = np.maximum(np.ceil(group / reach), 1).astype(np.int64)
             mask[block] |= (gap <= reach) & (distance % kept == 0)
         mask[block] |= time[starts] == 0
@@ -182,20 +220,18 @@ def top_k(layout: Layout, q: NDArray[Any], k: NDArray[Any], share: float) -> Mas
         layout: Of the sequence.
         q: [L, H, D], as attention sees them: normalised and rotated.
         k: Likewise.
-        share: Of the image's key blocks that is kept, at least one block.
+        share: Of the image's key blocks that is kept, a block's own among them (see :meth:`Layout.kept_blocks`).
 
     Returns:
-        bool [H, query blocks, key blocks]; a block sees itself.
+        bool [H, query blocks, key blocks].
     """
-    queries, keys = _means(q, PAD, layout.query_blocks), _means(k, layout.key_group, layout.key_blocks)
-    scores = np.einsum("qhd,khd->hqk", queries, keys)
-    image_blocks = -(-layout.image_tokens // layout.key_group)
-    count = max(1, round(share * image_blocks))
-    best = np.argsort(-scores[:, :, :image_blocks], axis=2, kind="stable")[:, :, :count]
-    mask = np.zeros(scores.shape, bool)
+    queries, keys = _means(q, layout.query_block, layout.query_blocks), _means(k, layout.key_group, layout.key_blocks)
+    scores = np.einsum("qhd,khd->hqk", queries, keys)[:, :, : layout.ranked_blocks]
+    own = np.arange(layout.ranked_blocks) // layout.own_blocks == np.arange(layout.query_blocks)[:, None]
+    scores[:, own] = np.inf
+    best = np.argsort(-scores, axis=2, kind="stable")[:, :, : layout.kept_blocks(share)]
+    mask = np.zeros((*scores.shape[:2], layout.key_blocks), bool)
     np.put_along_axis(mask, best, True, axis=2)
-    own = np.arange(layout.key_blocks) * layout.key_group // PAD
-    mask |= own[None, None, :] == np.arange(layout.query_blocks)[None, :, None]
     return layout.with_text(mask)
 
 
