@@ -22,7 +22,9 @@ from reelforge.calibration.reference_run import (
     stage_identity,
 )
 from reelforge.runtime.errors import RequestError
-from reelforge.runtime.pipeline import STAGES, Conditions, FloatArray, OnProgress, Pipeline, Progress
+from reelforge.runtime.events import FloatArray, Progress
+from reelforge.runtime.pipeline import STAGES, OnProgress, Pipeline
+from reelforge.runtime.stage_inputs import Conditions
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,14 @@ import numpy as np
 
 from reelforge.runtime.engines.engine import Array, Engine
 from reelforge.runtime.errors import RequestError, VerificationError
+from reelforge.runtime.events import FloatArray, Progress
 from reelforge.runtime.manifest import StageEntry, TensorInfo
 from reelforge.runtime.noise import gaussian_noise
-from reelforge.runtime.pipeline import Conditions, FloatArray, OnProgress, Pipeline, Progress, TextEncoding
+from reelforge.runtime.pipeline import OnProgress, Pipeline
 from reelforge.runtime.recipe import VideoShape
 from reelforge.runtime.request import Request, ResolvedRequest
 from reelforge.runtime.sampling import step_inputs
+from reelforge.runtime.stage_inputs import Conditions, TextEncoding
 
 TEXT_STAGES = frozenset(("llm", "clip"))
 CONDITION_STAGES = frozenset(("refiner", "modulation"))

@@ -36,8 +36,9 @@ from reelforge.export.lockstep import TEXT_STAGES, Lockstep, OnProgress
 from reelforge.export.observed import ObservedValue
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.engines.engine import EngineOptions
+from reelforge.runtime.events import FloatArray
 from reelforge.runtime.noise import gaussian_noise
-from reelforge.runtime.pipeline import FloatArray, Pipeline
+from reelforge.runtime.pipeline import Pipeline
 from reelforge.runtime.recipe import VideoShape
 from reelforge.runtime.request import Request, ResolvedRequest
 

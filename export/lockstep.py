@@ -20,9 +20,11 @@ from reelforge.calibration.state import CalibrationState
 from reelforge.export.observed import ObservedValue
 from reelforge.export.segments import SegmentedStage
 from reelforge.runtime.engines.engine import Array
-from reelforge.runtime.pipeline import Conditions, FloatArray, Pipeline
+from reelforge.runtime.events import FloatArray
+from reelforge.runtime.pipeline import Pipeline
 from reelforge.runtime.request import ResolvedRequest
 from reelforge.runtime.sampling import step_inputs
+from reelforge.runtime.stage_inputs import Conditions
 from reelforge.runtime.tiling import plan_tiles
 
 TEXT_STAGES = ("llm", "clip", "refiner", "modulation")
@@ -68,15 +70,15 @@ class Lockstep:
             EngineError: If an engine fails.
             CalibrationError: If the state cannot be written, or a value is not finite.
         """
-        inputs = [self.pipeline.text_inputs(request.prompt) for request in self.requests]
+        inputs = [self.pipeline.inputs.text(request.prompt) for request in self.requests]
         tokens = max(each.llm["input_ids"].shape[1] for each in inputs)
         states = [made["prompt_states"] for made in self._run("llm", [each.llm for each in inputs], tokens)]
         if "clip" not in stages:
             return
         pooled = [made["pooled_text"] for made in self._run("clip", [each.clip for each in inputs], tokens)]
-        texts = [self.pipeline.text_encoding(*each) for each in zip(inputs, states, pooled, strict=True)]
+        texts = [self.pipeline.inputs.text_encoding(*each) for each in zip(inputs, states, pooled, strict=True)]
         pairs = list(zip(self.requests, texts, strict=True))
-        makers = {"refiner": self.pipeline.refiner_inputs, "modulation": self.pipeline.modulation_inputs}
+        makers = {"refiner": self.pipeline.inputs.refiner, "modulation": self.pipeline.inputs.modulation}
         for stage in TEXT_STAGES[2 : len(stages)]:
             positions = tokens * self.requests[0].steps
             feeds = [makers[stage](request, text) for request, text in pairs]
@@ -132,7 +134,7 @@ class Lockstep:
     def _conditions(self) -> list[Conditions]:
         names = [info.name for info in self.pipeline.bundle.stage("modulation").outputs]
         return [
-            self.pipeline.conditions(
+            self.pipeline.inputs.conditions(
                 request,
                 self.state.load_inputs(index, "text"),
                 {name: self.state.load_inputs(index, name) for name in names},

@@ -259,7 +259,7 @@ class QuantisedBuild:
             request.seed + len(calibration),
             request.steps,
             request.shape,
-            lambda progress: self.events.work(progress.phase, progress.done, progress.total),
+            lambda progress: self.events.work(progress.phase, progress.step, progress.total),
         )
         if not meets(report, thresholds):
             prompt, seed = held_out[:1], request.seed + len(calibration)

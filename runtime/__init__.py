@@ -12,22 +12,38 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reelforge.runtime.bundle.open import Bundle, Check
+    from reelforge.runtime.control import Stop
     from reelforge.runtime.errors import ReelforgeError
-    from reelforge.runtime.pipeline import Pipeline, Progress
+    from reelforge.runtime.events import Frames, Notice, Progress
+    from reelforge.runtime.pipeline import Pipeline
     from reelforge.runtime.request import Request
     from reelforge.runtime.video import VideoWriter
-
-__all__ = ["Bundle", "Check", "Pipeline", "Progress", "ReelforgeError", "Request", "VideoWriter"]
 
 _HOMES = {
     "Bundle": "reelforge.runtime.bundle.open",
     "Check": "reelforge.runtime.bundle.open",
+    "Frames": "reelforge.runtime.events",
+    "Notice": "reelforge.runtime.events",
     "Pipeline": "reelforge.runtime.pipeline",
-    "Progress": "reelforge.runtime.pipeline",
+    "Progress": "reelforge.runtime.events",
     "ReelforgeError": "reelforge.runtime.errors",
     "Request": "reelforge.runtime.request",
+    "Stop": "reelforge.runtime.control",
     "VideoWriter": "reelforge.runtime.video",
 }
+
+__all__ = [
+    "Bundle",
+    "Check",
+    "Frames",
+    "Notice",
+    "Pipeline",
+    "Progress",
+    "ReelforgeError",
+    "Request",
+    "Stop",
+    "VideoWriter",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -82,3 +82,13 @@ class EngineError(ReelforgeError):
     """An engine refused to load, or received tensors that it does not take."""
 
     exit_code = 8
+
+
+class CancelledError(ReelforgeError):
+    """A generation was stopped by its caller; the pipeline can be used again."""
+
+    exit_code = 9
+
+
+class DeadlineError(CancelledError):
+    """A request was not finished when its deadline passed."""

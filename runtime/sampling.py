@@ -5,7 +5,7 @@ Knows neither model nor schedule; whatever differs between steps is a row of an 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from functools import partial
 from typing import Protocol, runtime_checkable
@@ -13,6 +13,23 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from reelforge.runtime.engines.engine import Array, Engine
+from reelforge.runtime.errors import EngineError
+
+
+class SamplingError(EngineError):
+    """A step failed. What the steps before it made is not lost.
+
+    Attributes:
+        step: The step that failed, from 0.
+        latents: ``[batch, C, T, H, W]`` before that step.
+    """
+
+    def __init__(
+        self, where: str, step: int, latents: Array, *, received: object = None, expected: str = "", fix: str = ""
+    ) -> None:
+        super().__init__(where, received=received, expected=expected, fix=fix)
+        self.step = step
+        self.latents = latents
 
 
 class StepLoop(Protocol):
@@ -36,7 +53,7 @@ class LoopingEngine(Protocol):
     """An engine that keeps the latents where it computes; others are given the two buffers of :class:`HostLoop`."""
 
     def loop(self, latents: Array, fixed: Mapping[str, Array], per_step: Mapping[str, Array]) -> StepLoop:
-        """Begin a loop; the arguments are those of :func:`sample`."""
+        """Begin a loop; the arguments are those of :func:`begin_loop`."""
         ...
 
 
@@ -63,31 +80,65 @@ class HostLoop:
         """Nothing to give back."""
 
 
-def sample(
-    dit: Engine,
-    latents: Array,
-    fixed: Mapping[str, Array],
-    per_step: Mapping[str, Array],
-    on_step: Callable[[int], None],
-) -> Array:
-    """Run every step and return the final latents.
+def begin_loop(
+    dit: Engine, latents: Array, fixed: Mapping[str, Array], per_step: Mapping[str, Array]
+) -> closing[StepLoop]:
+    """Begin a loop, to be used in a ``with`` block that gives back what it holds.
 
     Args:
         dit: Takes ``latents``, ``fixed`` and one row of ``per_step``; gives ``next_latents``.
-        latents: Initial noise ``[batch, C, T, H, W]``, left as it is.
+        latents: ``[batch, C, T, H, W]``, left as they are.
         fixed: Inputs that all steps share.
         per_step: Inputs whose first axis is the step; a step gets its row as a view.
-        on_step: Called with the number of finished steps.
-
-    Returns:
-        ``[batch, C, T, H, W]``, an array of the caller's own.
     """
     begin = dit.loop if isinstance(dit, LoopingEngine) else partial(HostLoop, dit)
-    with closing(begin(latents, fixed, per_step)) as loop:
-        for step in range(len(next(iter(per_step.values())))):
-            loop.advance(step)
-            on_step(step + 1)
-        return loop.latents()
+    return closing(begin(latents, fixed, per_step))
+
+
+def take_step(loop: StepLoop, step: int, total: int, latents: Array) -> Array:
+    """Run one step and return its latents, which stay as they are until the step after the next.
+
+    Args:
+        loop: A loop that has begun.
+        step: From 0.
+        total: For the message.
+        latents: As the step before left them.
+
+    Raises:
+        SamplingError: If the engine fails or its numbers are not finite, with ``latents``.
+    """
+    try:
+        loop.advance(step)
+        following = loop.latents()
+    except EngineError as error:
+        raise SamplingError(
+            f"step {step + 1} of {total} of stage 'dit' failed: {error.where}",
+            step,
+            latents,
+            received=error.received,
+            expected=error.expected,
+            fix=error.fix,
+        ) from error
+    if not all_finite(following):
+        bad = int(np.count_nonzero(~np.isfinite(following)))
+        raise SamplingError(
+            f"step {step + 1} of {total} of stage 'dit' gave latents that are not finite numbers.",
+            step,
+            latents,
+            received=f"{bad} of {following.size} values",
+            fix="rebuild the bundle with --precision fp32, or check its parity with reelforge verify",
+        )
+    return following
+
+
+def all_finite(values: Array) -> bool:
+    """Return whether there is neither NaN nor infinity, in one pass without a temporary array where that suffices.
+
+    A sum of squares is finite if all values are and none is above 1e19 or so; else every value is looked at.
+    """
+    flat = values.reshape(-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(np.dot(flat, flat))) or bool(np.isfinite(values).all())
 
 
 def step_inputs(per_step: Mapping[str, Array], step: int) -> dict[str, Array]:

@@ -74,7 +74,7 @@ def record(bundle: Bundle, pipeline: Pipeline) -> dict[str, Recording]:
     run = {stage: _recorder(bundle, stage, recording) for stage, recording in recordings.items()}
     for index, prompt in enumerate(PROMPTS):
         request = pipeline.resolve(Request(prompt, SHAPE.height, SHAPE.width, SHAPE.frames, STEPS, SEED + index))
-        run["llm"](pipeline.text_inputs(prompt).llm)
+        run["llm"](pipeline.inputs.text(prompt).llm)
         told = pipeline.condition(request, pipeline.encode_text(prompt))
         latents = gaussian_noise(size, request.seed)
         with pipeline.engine("dit") as dit:

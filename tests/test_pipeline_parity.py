@@ -19,6 +19,7 @@ from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline, HunyuanVi
 from reelforge.export.models.hunyuan_video.spec_from_checkpoint import Numerics
 from reelforge.runtime.bundle.open import Bundle, Check
 from reelforge.runtime.engines.engine import EngineOptions
+from reelforge.runtime.events import Frames as Batch
 from reelforge.runtime.pipeline import Pipeline
 from reelforge.runtime.request import Request
 from reelforge.runtime.spec import GuidanceRounding, VaeTiling
@@ -73,7 +74,9 @@ def run_theirs(pipeline: HunyuanVideoPipeline, ours: Pipeline, request: Request,
 
 
 def run_ours(pipeline: Pipeline, request: Request, latents: torch.Tensor) -> Frames:
-    return np.concatenate(list(pipeline.stream(request, latents=latents.numpy()))).astype(np.float64)
+    return np.concatenate(
+        [event.values for event in pipeline.stream(request, latents.numpy()) if isinstance(event, Batch)]
+    ).astype(np.float64)
 
 
 def psnr(one: Frames, other: Frames) -> float:

@@ -27,6 +27,7 @@ Exit codes:
   6    numbers differ from the reference by more than the tolerance
   7    the result cannot be written
   8    an engine failed
+  9    it was cancelled, or its deadline passed
   130  interrupted with Ctrl-C
 """
 

@@ -19,8 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from reelforge.runtime.bundle.open import Bundle, Check
 from reelforge.runtime.engines.engine import EngineOptions
 from reelforge.runtime.errors import OutputError, RequestError
-from reelforge.runtime.pipeline import Pipeline, to_uint8
-from reelforge.runtime.pipeline import Progress as Step
+from reelforge.runtime.events import Frames, Notice
+from reelforge.runtime.events import Progress as Step
+from reelforge.runtime.pipeline import Pipeline
 from reelforge.runtime.request import Request
 from reelforge.runtime.video import VideoWriter
 from reelforge.tools import console
@@ -112,12 +113,15 @@ def generate(
         notices: list[str] = []
         tasks = {phase: bars.add_task(phase, total=None, visible=False) for phase in _PHASES}
 
-        def show(step: Step) -> None:
-            bars.update(tasks[step.phase], completed=step.done, total=step.total, visible=True)
-
         with pipeline, VideoWriter(output, shape.height, shape.width, shape.frames, rate) as video:
-            for batch in pipeline.stream(request, show, save_latents=save_latents, on_notice=notices.append):
-                video.write(to_uint8(batch))
+            for event in pipeline.stream(request, save_latents=save_latents):
+                match event:
+                    case Step():
+                        bars.update(tasks[event.phase], completed=event.step, total=event.total, visible=True)
+                    case Notice():
+                        notices.append(event.text)
+                    case Frames():
+                        video.write(event.pixels)
     seconds = time.monotonic() - started
     for notice in notices:
         console.print_notice(notice)

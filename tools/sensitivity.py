@@ -127,7 +127,12 @@ def sensitivity(
     variants = Variants(pipeline, chosen, scales_of(scale_file, chosen, formats))
     with _progress() as report:
         run = run_reference(
-            pipeline, lines[:prompt_count], seed, steps, size, lambda done: report(done.phase, done.done, done.total)
+            pipeline,
+            lines[:prompt_count],
+            seed,
+            steps,
+            size,
+            lambda progress: report(progress.phase, progress.step, progress.total),
         )
         options = SensitivityOptions(steps_sampled, loop=not no_loop, video=video)
         table = measure_sensitivity(run, variants, options, lambda done, total: report("layers, blocks", done, total))

@@ -23,7 +23,8 @@ from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.codec import from_json, to_json
 from reelforge.runtime.engines.engine import Array, Engine
 from reelforge.runtime.errors import RequestError, VerificationError
-from reelforge.runtime.pipeline import Pipeline, Progress
+from reelforge.runtime.events import Progress
+from reelforge.runtime.pipeline import Pipeline
 from reelforge.runtime.quality import QualityReport, QualityThresholds, StageQuality
 from reelforge.runtime.recipe import VideoShape
 from reelforge.runtime.request import Request
@@ -174,7 +175,7 @@ def test_stages_that_are_the_same_run_once(reference: Pipeline, candidate: Pipel
     assert not other.open
     for together in counted.together:
         assert "dit" not in together or len(together) == 1
-    assert {phase.phase for phase in phases if phase.done == phase.total} == {phase.phase for phase in phases}
+    assert {phase.phase for phase in phases if phase.step == phase.total} == {phase.phase for phase in phases}
 
 
 def test_a_bundle_against_itself(reference: Pipeline) -> None:

@@ -56,7 +56,7 @@ def counted() -> Counted:
 
 def feeds(bundle: Bundle) -> list[dict[str, Array]]:
     pipeline = Pipeline(bundle)
-    return [pipeline.text_inputs(prompt).llm for prompt in PROMPTS]
+    return [pipeline.inputs.text(prompt).llm for prompt in PROMPTS]
 
 
 def expected(bundle: Bundle) -> Iterator[np.ndarray]:

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from reelforge.runtime import Check, Pipeline, Progress, Request
+from reelforge.runtime import Check, Frames, Notice, Pipeline, Progress, Request
 from reelforge.runtime.conditioning import rope_tables
-from reelforge.runtime.errors import BundleError, EngineError, OutputError, RequestError
+from reelforge.runtime.errors import BundleError, OutputError, RequestError
 from reelforge.runtime.manifest import StageEntry, TensorInfo
 from reelforge.runtime.noise import gaussian_noise
-from reelforge.runtime.pipeline import to_uint8
-from reelforge.runtime.sampling import sample
+from reelforge.runtime.sampling import SamplingError, all_finite, begin_loop, take_step
 from tests.runtime.fake_bundle import CHANNELS, SPEC, TEMPLATE, constant, write_fake_bundle
 
 REQUEST = Request("a ball", height=32, width=48, frames=5, steps=6, seed=3, guidance=6.1, shift=5.0)
@@ -99,10 +98,11 @@ def test_generate_decodes_those_latents(pipeline: Pipeline, tmp_path: Path) -> N
 
 def test_stream_yields_the_same_frames_in_batches(pipeline: Pipeline) -> None:
     request = replace(REQUEST, frames=13)
-    batches = list(pipeline.stream(request))
-    assert [len(batch) for batch in batches] == [5, 4, 4]
-    assert all(batch.dtype == np.float32 and batch.min() >= 0 and batch.max() <= 1 for batch in batches)
-    np.testing.assert_array_equal(np.concatenate([to_uint8(batch) for batch in batches]), pipeline.generate(request))
+    batches = [event for event in pipeline.stream(request) if isinstance(event, Frames)]
+    assert [(batch.start, len(batch.values)) for batch in batches] == [(0, 5), (5, 4), (9, 4)]
+    assert all(batch.values.dtype == np.float32 for batch in batches)
+    assert all(batch.values.min() >= 0 and batch.values.max() <= 1 for batch in batches)
+    np.testing.assert_array_equal(np.concatenate([batch.pixels for batch in batches]), pipeline.generate(request))
 
 
 def test_one_frame_is_an_image(pipeline: Pipeline) -> None:
@@ -110,9 +110,12 @@ def test_one_frame_is_an_image(pipeline: Pipeline) -> None:
 
 
 def test_empty_and_long_prompts(pipeline: Pipeline) -> None:
-    notices: list[str] = []
-    for prompt in ("", "word " * 10_000):
-        list(pipeline.stream(replace(REQUEST, prompt=prompt, frames=1, steps=1), on_notice=notices.append))
+    notices = [
+        event.text
+        for prompt in ("", "word " * 10_000)
+        for event in pipeline.stream(replace(REQUEST, prompt=prompt, frames=1, steps=1))
+        if isinstance(event, Notice)
+    ]
     assert len(notices) == 2
     assert all("the prompt has" in notice for notice in notices)
 
@@ -123,7 +126,7 @@ def test_progress_counts_every_unit(pipeline: Pipeline) -> None:
     phases = list(dict.fromkeys(step.phase for step in seen))
     assert phases == ["text", "conditioning", "sampling", "decoding"]
     for phase in phases:
-        counts = [(step.done, step.total) for step in seen if step.phase == phase]
+        counts = [(step.step, step.total) for step in seen if step.phase == phase]
         assert [done for done, _ in counts] == list(range(1, counts[0][1] + 1))
 
 
@@ -171,12 +174,23 @@ def test_latents_that_do_not_fit(pipeline: Pipeline, wrong: np.ndarray) -> None:
         pipeline.generate(REQUEST, latents=wrong)
 
 
-def test_latents_that_are_not_finite(pipeline: Pipeline) -> None:
+def test_latents_that_are_not_finite_stop_the_loop_at_their_step(pipeline: Pipeline) -> None:
     noise = np.zeros(LATENTS, np.float32)
     noise[0, 0, 0, 0, 0] = np.nan
-    with pytest.raises(EngineError, match="not finite") as caught:
-        pipeline.generate(REQUEST, latents=noise)
+    seen: list[Progress] = []
+    with pytest.raises(SamplingError, match=r"step 1 of 6 .* not finite") as caught:
+        pipeline.generate(REQUEST, seen.append, latents=noise)
     assert "1 of 192 values" in str(caught.value)
+    assert caught.value.step == 0
+    np.testing.assert_array_equal(caught.value.latents, noise)
+    assert "sampling" not in {step.phase for step in seen}
+
+
+@pytest.mark.parametrize(("value", "finite"), [(0.0, True), (1e30, True), (np.nan, False), (-np.inf, False)])
+def test_finite_means_neither_nan_nor_infinite(value: float, finite: bool) -> None:
+    values = np.ones((2, 3), np.float32)
+    values[1, 1] = value
+    assert all_finite(values) is finite
 
 
 def test_latents_that_cannot_be_saved(pipeline: Pipeline, tmp_path: Path) -> None:
@@ -212,13 +226,16 @@ def test_the_loop_uses_two_buffers_and_views(steps: int) -> None:
     engine = RecordingEngine()
     latents = np.zeros(LATENTS, np.float32)
     rows = np.arange(steps * 3, dtype=np.float32).reshape(steps, 1, 3)
-    done: list[int] = []
-    final = sample(
-        engine, latents, {"fixed": rows}, {"rows": rows, "sigma_step": np.arange(steps, dtype=np.float32)}, done.append
-    )
+    per_step = {"rows": rows, "sigma_step": np.arange(steps, dtype=np.float32)}
+    final = latents
+    with begin_loop(engine, latents, {"fixed": rows}, per_step) as loop:
+        for step in range(steps):
+            before = final.copy()
+            following = take_step(loop, step, steps, final)
+            np.testing.assert_array_equal(final, before, "a failing step must not cost the latents before it")
+            final = following
     assert (final == steps).all()
     assert (latents == 0).all()
-    assert done == list(range(1, steps + 1))
     buffers = {call[1].__array_interface__["data"][0] for call in engine.calls}
     assert len(buffers) == min(steps, 2)
     for step, (inputs, target) in enumerate(engine.calls):

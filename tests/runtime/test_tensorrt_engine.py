@@ -19,10 +19,11 @@ from reelforge.runtime.engines.tensorrt_plan import choose_plans, choose_profile
 from reelforge.runtime.errors import EngineError, ReelforgeError
 from reelforge.runtime.manifest import PlanEntry, ProfileEntry, StageEntry
 from reelforge.runtime.recipe import Backend
-from reelforge.runtime.sampling import LoopingEngine, sample
+from reelforge.runtime.sampling import LoopingEngine
 from tests.runtime.fake_bundle import CHANNELS
 from tests.runtime.fake_cuda import FakeCuda, installed
 from tests.runtime.fake_tensorrt import FakeTensorRt, add_plans
+from tests.runtime.loops import run_loop
 from tests.runtime.test_engine import dit_inputs
 
 STEPS = 5
@@ -69,7 +70,7 @@ def loop_inputs(frames: int = 2) -> tuple[np.ndarray, dict[str, np.ndarray], dic
 
 def on_the_cpu(rig: Rig, frames: int = 2) -> np.ndarray:
     engine = engine_from_onnx(rig.cpu.graph("dit"), rig.cpu.stage("dit"), EngineOptions(1, False))
-    return sample(engine, *loop_inputs(frames), lambda done: None)
+    return run_loop(engine, *loop_inputs(frames))
 
 
 def test_outputs_equal_onnxruntimes(rig: Rig) -> None:
@@ -172,10 +173,9 @@ def test_a_loop_equals_the_cpus(rig: Rig, cuda_graph: bool) -> None:
     engine = rig.engine(cuda_graph=cuda_graph)
     assert isinstance(engine, LoopingEngine)
     latents, fixed, rows = loop_inputs()
-    before, done = latents.copy(), []
-    np.testing.assert_array_equal(sample(engine, latents, fixed, rows, done.append), on_the_cpu(rig))
+    before = latents.copy()
+    np.testing.assert_array_equal(run_loop(engine, latents, fixed, rows), on_the_cpu(rig))
     np.testing.assert_array_equal(latents, before)
-    assert done == list(range(1, STEPS + 1))
     assert len(rig.library.executions) == STEPS
     assert len([call for call in rig.cuda.log if call.startswith("cudaGraphLaunch")]) == (STEPS - 1) * cuda_graph
     assert len([call for call in rig.cuda.log if call.startswith("cudaGraphInstantiate")]) == cuda_graph
@@ -247,7 +247,7 @@ def test_a_loop_without_memory_leaves_the_engine_usable(rig: Rig) -> None:
     with pytest.raises(EngineError, match="too little memory for a step's inputs of stage 'dit'"):
         engine.loop(*loop_inputs())
     rig.cuda.total_bytes = 1 << 30
-    np.testing.assert_array_equal(sample(engine, *loop_inputs(), lambda done: None), on_the_cpu(rig))
+    np.testing.assert_array_equal(run_loop(engine, *loop_inputs()), on_the_cpu(rig))
 
 
 def test_an_execution_that_returns_false(rig: Rig) -> None:
@@ -299,7 +299,7 @@ def test_profiles_change_with_the_sizes(rig: Rig) -> None:
         engine.run(dit_inputs(5))
     assert "latent_frames 5" in str(caught.value)
     assert "small: batch 1..64" in str(caught.value)
-    np.testing.assert_array_equal(sample(engine, *loop_inputs(3), lambda done: None), on_the_cpu(rig, 3))
+    np.testing.assert_array_equal(run_loop(engine, *loop_inputs(3)), on_the_cpu(rig, 3))
 
 
 def test_the_plans_of_a_gpu_are_whole(rig: Rig) -> None:

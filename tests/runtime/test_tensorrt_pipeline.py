@@ -194,7 +194,7 @@ def test_the_gpu_is_opened_when_a_stage_is_loaded(machine: Callable[..., Machine
     made = machine()
     pipeline = made.pipeline()
     pipeline.resolve(REQUEST)
-    pipeline.text_inputs("a ball")
+    pipeline.inputs.text("a ball")
     assert made.cuda.log == []
     pipeline.close()
     assert made.cuda.log == []
@@ -205,7 +205,7 @@ def test_a_fault_in_the_loop_shows_once_and_nothing_hides_it(machine: Callable[.
     pipeline = made.pipeline()
 
     def after_two(progress: object) -> None:
-        if getattr(progress, "phase", "") == "sampling" and getattr(progress, "done", 0) == 2:
+        if getattr(progress, "phase", "") == "sampling" and getattr(progress, "step", 0) == 2:
             made.cuda.fault_at_synchronize = ILLEGAL_ADDRESS
 
     with pytest.raises(EngineError, match="cannot run what was enqueued") as caught:

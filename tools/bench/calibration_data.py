@@ -21,8 +21,10 @@ import numpy as np
 from demo.train import data
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.engines.engine import Array, Engine
-from reelforge.runtime.pipeline import Conditions, FloatArray, Pipeline
+from reelforge.runtime.events import FloatArray
+from reelforge.runtime.pipeline import Pipeline
 from reelforge.runtime.request import Request
+from reelforge.runtime.stage_inputs import Conditions
 
 CALIBRATION_PROMPTS, EVALUATION_PROMPTS = 8, 16
 CALIBRATION_SEED, EVALUATION_SEED = 1000, 0  # of the noise of the first prompt; each prompt after it has the next

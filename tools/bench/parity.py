@@ -21,6 +21,7 @@ from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline
 from reelforge.export.build import build_bundle
 from reelforge.export.build_request import BuildRequest
 from reelforge.export.models.hunyuan_video.spec_from_checkpoint import Numerics
+from reelforge.runtime.events import Frames
 from reelforge.runtime.manifest import Manifest
 from reelforge.runtime.noise import gaussian_noise
 from reelforge.runtime.pipeline import Pipeline
@@ -123,7 +124,9 @@ def pipeline_rows(checkpoint: Path, bundle: Path) -> Iterator[tuple[str, str, fl
     for seed, (prompt, (height, width, frames)) in enumerate(REQUESTS):
         noise = gaussian_noise((1, *pipeline.spec.latent_shape(height, width, frames)), seed)
         request = Request(prompt, height=height, width=width, frames=frames, steps=STEPS)
-        received = np.concatenate(list(pipeline.stream(request, latents=noise)))
+        received = np.concatenate(
+            [event.values for event in pipeline.stream(request, noise) if isinstance(event, Frames)]
+        )
         expected = theirs(
             prompt=prompt,
             height=height,

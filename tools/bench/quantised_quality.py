@@ -20,7 +20,8 @@ import numpy as np
 from reelforge.calibration.quality import cosine, psnr, ssim
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.engines.engine import EngineOptions
-from reelforge.runtime.pipeline import FloatArray, Pipeline
+from reelforge.runtime.events import FloatArray
+from reelforge.runtime.pipeline import Pipeline
 from reelforge.runtime.request import Request
 from reelforge.tools.bench.calibration_data import Recording, RecordingPipeline, record
 

@@ -27,10 +27,11 @@ from reelforge.runtime.bundle.open import Check
 from reelforge.runtime.engines.tensorrt_plan import choose_profile
 from reelforge.runtime.errors import EngineError, RequestError
 from reelforge.runtime.manifest import PlanEntry, ProfileEntry, PromptTemplate, TensorInfo
-from reelforge.runtime.pipeline import Pipeline, TextEncoding
+from reelforge.runtime.pipeline import Pipeline
 from reelforge.runtime.recipe import Precision, Recipe, VideoShape
 from reelforge.runtime.request import ResolvedRequest
 from reelforge.runtime.spec import ModelSpec
+from reelforge.runtime.stage_inputs import TextEncoding
 from reelforge.runtime.tiling import decode_tiled
 from tests.bundles import STAGES
 
@@ -87,7 +88,7 @@ def dit_inputs(pipeline: Pipeline, request: ResolvedRequest, text_tokens: int) -
         "single_modulation": np.zeros((request.steps, dit.single_blocks, 3, dit.width), np.float32),
         "final_modulation": np.zeros((request.steps, 2, dit.width), np.float32),
     }
-    conditions = pipeline.conditions(request, refined, vectors)
+    conditions = pipeline.inputs.conditions(request, refined, vectors)
     latents = np.zeros((1, *pipeline.spec.latent_shape(*sizes(request.shape))), np.float32)
     return {"latents": latents, **conditions.fixed, **{name: rows[0] for name, rows in conditions.per_step.items()}}
 
@@ -130,15 +131,15 @@ def test_every_request_within_the_shapes_is_served(
     steps = data.draw(st.integers(1, MAX_STEPS))
     request = ResolvedRequest("", shape, steps, 0, 6.0, 7.0)
     prompt = data.draw(st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=600))
-    words = pipeline.text_inputs(prompt)
+    words = pipeline.inputs.text(prompt)
     assert chosen(stages["llm"], profiles["llm"], words.llm) == "default"
     assert chosen(stages["clip"], profiles["clip"], words.clip) == "default"
     tokens = words.llm["input_ids"].shape[1]
     states = np.zeros((1, tokens, spec.dit.text_width), np.float32)
-    text = pipeline.text_encoding(words, states, np.zeros((1, spec.dit.pooled_width), np.float32))
+    text = pipeline.inputs.text_encoding(words, states, np.zeros((1, spec.dit.pooled_width), np.float32))
     assert text.states.shape[1] <= spec.llm.max_text_tokens
-    assert chosen(stages["refiner"], profiles["refiner"], pipeline.refiner_inputs(request, text)) == "default"
-    assert chosen(stages["modulation"], profiles["modulation"], pipeline.modulation_inputs(request, text)) == "default"
+    assert chosen(stages["refiner"], profiles["refiner"], pipeline.inputs.refiner(request, text)) == "default"
+    assert chosen(stages["modulation"], profiles["modulation"], pipeline.inputs.modulation(request, text)) == "default"
     arrays = dit_inputs(pipeline, request, text.states.shape[1])
     assert chosen(stages["dit"], profiles["dit"], arrays) == str(shape)
     for tile in tiles_of(spec, arrays["latents"]):
@@ -153,7 +154,7 @@ def test_text_lengths_at_either_end(pipeline: Pipeline, spec: ModelSpec, tokens:
         np.zeros((1, tokens, spec.dit.text_width), np.float32), np.zeros((1, spec.dit.pooled_width), np.float32), ()
     )
     refiner = profiles_for(stages["refiner"], spec, recipe, TEMPLATE)
-    assert chosen(stages["refiner"], refiner, pipeline.refiner_inputs(request, text)) == "default"
+    assert chosen(stages["refiner"], refiner, pipeline.inputs.refiner(request, text)) == "default"
     dit = profiles_for(stages["dit"], spec, recipe, TEMPLATE)
     assert chosen(stages["dit"], dit, dit_inputs(pipeline, request, tokens)) == "480x832x81"
 
