@@ -16,7 +16,7 @@ import ast
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,17 +192,6 @@ def _source(name: str) -> Path | None:
     """Return the file of one of our modules, without importing it; None if ``name`` is something in a module."""
     path = Path(__file__).parents[1].joinpath(*name.split(".")[1:])
     return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
-
-
-def default_folder(environment: Mapping[str, str], home: Path) -> Path:
-    """Return where the cache is if nothing else is said: ``$XDG_CACHE_HOME/reelforge``, or ``~/.cache/reelforge``.
-
-    Args:
-        environment: ``os.environ``.
-        home: The user's home folder. A relative ``XDG_CACHE_HOME`` is ignored, as the XDG specification has it.
-    """
-    stated = Path(environment.get("XDG_CACHE_HOME", ""))
-    return (stated if stated.is_absolute() else home / ".cache") / "reelforge"
 
 
 def parse_size(text: str) -> int:

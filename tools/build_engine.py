@@ -180,8 +180,9 @@ def build_engine(
     from reelforge.calibration.scale_methods import ScaleMethod
     from reelforge.export.build import build_bundle
     from reelforge.export.build_request import BuildRequest, CalibrationRequest, CompilationRequest
-    from reelforge.export.cache import default_folder, parse_size
+    from reelforge.export.cache import parse_size
     from reelforge.export.models.hunyuan_video.spec_from_checkpoint import Numerics
+    from reelforge.runtime.cache_folder import default_folder
 
     if not checkpoint.is_dir():
         raise RequestError(

@@ -35,7 +35,8 @@ def cache(cache_dir: Path | None, trim: str | None, as_json: bool) -> None:
       reelforge cache --trim 20GB
       reelforge cache --trim 0
     """  # noqa: D301 - \b is click's mark for text that it does not wrap
-    from reelforge.export.cache import PlanCache, default_folder, parse_size
+    from reelforge.export.cache import PlanCache, parse_size
+    from reelforge.runtime.cache_folder import default_folder
 
     limit = None if trim is None else parse_size(trim)
     folder = default_folder(os.environ, Path.home()) if cache_dir is None else cache_dir

@@ -32,6 +32,7 @@ class EngineOptions:
         cuda_graph: Whether the sampling loop is recorded once and replayed, where the backend can.
         provider: What ONNX Runtime computes with on a GPU: ``"cuda"``, ``"tensorrt"`` or ``"rtx"``; None means
             ``"cuda"``.
+        kernel_cache: Whether the kernels that TensorRT-RTX compiles for this GPU are kept for the next time.
     """
 
     threads: int | None = None
@@ -40,6 +41,7 @@ class EngineOptions:
     device: int = 0
     cuda_graph: bool = True
     provider: str | None = None
+    kernel_cache: bool = True
 
     def refuse(self, backend: str, *settings: str) -> None:
         """Refuse those of ``settings`` that are not at their default.

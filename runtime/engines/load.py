@@ -36,11 +36,12 @@ def load_engine(bundle: Bundle, stage: str, options: EngineOptions, session: Cal
         from reelforge.runtime.engines.tensorrt_engine import engine_from_plans
         from reelforge.runtime.engines.tensorrt_library import PRODUCTS
 
-        options.refuse(PRODUCTS[backend], "threads", "spinning", "graph_optimization", "provider")
+        settings = ("threads", "spinning", "graph_optimization", "provider")
+        options.refuse(PRODUCTS[backend], *settings, *(() if backend is Backend.RTX else ("kernel_cache",)))
         return engine_from_plans(session(), bundle, stage, options)
     entry = bundle.stage(stage)
     if backend is Backend.CPU:
-        options.refuse("ONNX Runtime on the CPU", "device", "cuda_graph", "provider")
+        options.refuse("ONNX Runtime on the CPU", "device", "cuda_graph", "provider", "kernel_cache")
         return engine_from_onnx(bundle.graph(stage), entry, options)
-    options.refuse("ONNX Runtime on a GPU", "cuda_graph")
+    options.refuse("ONNX Runtime on a GPU", "cuda_graph", "kernel_cache")
     return engine_from_onnx(bundle.graph(stage), entry, options, gpu_provider(options))

@@ -16,11 +16,13 @@ from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.cuda.memory import DeviceBuffer
 from reelforge.runtime.engines.device_session import DeviceSession, contiguous
 from reelforge.runtime.engines.engine import Array, EngineOptions, check_inputs, output_targets
+from reelforge.runtime.engines.kernel_cache import KernelCache, kernel_file
 from reelforge.runtime.engines.tensorrt_library import ITEM_BYTES
 from reelforge.runtime.engines.tensorrt_loop import TensorRtLoop
 from reelforge.runtime.engines.tensorrt_plan import LoadedPlan, Shape, choose_plans, load_plan
 from reelforge.runtime.errors import EngineError
-from reelforge.runtime.manifest import StageEntry, TensorInfo
+from reelforge.runtime.manifest import PlanEntry, StageEntry, TensorInfo
+from reelforge.runtime.recipe import Backend
 
 
 class TensorRtEngine:
@@ -61,6 +63,7 @@ class TensorRtEngine:
                     raise self._other_shape(name, target.shape, shapes[name])
                 self.session.download(target, addresses[name])
                 results[name] = target
+        self.keep_kernels()
         return results
 
     def loop(self, latents: Array, fixed: Mapping[str, Array], per_step: Mapping[str, Array]) -> TensorRtLoop:
@@ -112,6 +115,11 @@ class TensorRtEngine:
         activations = self.session.arena.reserve(need, f"the activations of stage {self.name!r}")
         for part in self.parts:
             part.bind(addresses, activations)
+
+    def keep_kernels(self) -> None:
+        """Keep what the library compiled for what has just run (see ``kernel_cache``)."""
+        for part in self.parts:
+            part.keep_kernels()
 
     def end_loop(self, loop: TensorRtLoop) -> None:
         """Forget a loop that is closed."""
@@ -172,15 +180,25 @@ def engine_from_plans(
     entry = bundle.stage(stage)
     plans = choose_plans(entry, session.cuda.device)
     _check_chain(entry, [(plan.inputs, plan.outputs) for plan in plans])
+    options = options or EngineOptions()
     session.cuda.activate()
     with ExitStack() as undo:
         parts = []
         for plan in plans:
-            parts.append(load_plan(session, stage, bundle.path / plan.path, plan))
+            kernels = _kernels_of(session, bundle, plan) if options.kernel_cache else None
+            parts.append(load_plan(session, stage, bundle.path / plan.path, plan, kernels))
             undo.callback(parts[-1].close)
-        engine = TensorRtEngine(session, entry, tuple(parts), (options or EngineOptions()).cuda_graph)
+        engine = TensorRtEngine(session, entry, tuple(parts), options.cuda_graph)
         undo.pop_all()
     return engine
+
+
+def _kernels_of(session: DeviceSession, bundle: Bundle, plan: PlanEntry) -> KernelCache | None:
+    """Return where a plan's kernels are kept; None where the library has none, or the plan's bytes have no digest."""
+    digest = next((file.sha256 for file in bundle.manifest.files if file.path == plan.path), None)
+    if session.library.backend is not Backend.RTX or digest is None:
+        return None
+    return KernelCache(kernel_file(digest, plan.backend, session.cuda.device))
 
 
 def share_places(parts: Sequence[LoadedPlan], own: Set[str]) -> dict[str, str]:

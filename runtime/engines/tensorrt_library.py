@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from reelforge.runtime.engines.kernel_cache import KernelCache
 from reelforge.runtime.errors import EngineError
 from reelforge.runtime.recipe import Backend
 
@@ -121,8 +122,12 @@ class TensorRtLibrary:
         engine: CudaEngine | None = self._runtime.deserialize_cuda_engine(plan)
         return engine
 
-    def create_context(self, engine: CudaEngine) -> ExecutionContext | None:
+    def create_context(self, engine: CudaEngine, kernels: KernelCache | None = None) -> ExecutionContext | None:
         """Return a context whose activations are where its user says; None if the library refuses.
+
+        Args:
+            engine: The plan.
+            kernels: Where TensorRT-RTX finds and leaves what it compiles.
 
         TensorRT-RTX compiles kernels for a shape at its first use, at once: with its default, one request's steps would
         come from two different kernels, depending on when a thread has finished compiling.
@@ -135,6 +140,8 @@ class TensorRtLibrary:
         config.dynamic_shapes_kernel_specialization_strategy = (
             self.module.DynamicShapesKernelSpecializationStrategy.EAGER
         )
+        if kernels is not None and hasattr(config, "create_runtime_cache"):
+            kernels.attach(config)
         return engine.create_execution_context(config)
 
     def can_capture(self, context: ExecutionContext, stream: int) -> bool:

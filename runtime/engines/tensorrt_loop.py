@@ -91,6 +91,8 @@ class TensorRtLoop:
                 self._enqueue()
             else:
                 self._graph.launch(self._session.stream)
+        if not self._launched:
+            self._engine.keep_kernels()
         self._launched += 1
 
     def latents(self) -> Array:

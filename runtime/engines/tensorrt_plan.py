@@ -13,6 +13,7 @@ from pathlib import Path
 from reelforge.runtime.cuda.driver import DeviceInfo
 from reelforge.runtime.cuda.memory import DeviceBuffer
 from reelforge.runtime.engines.device_session import DeviceSession
+from reelforge.runtime.engines.kernel_cache import KernelCache
 from reelforge.runtime.engines.tensorrt_library import DATA_TYPES, MODULES, CudaEngine, ExecutionContext
 from reelforge.runtime.errors import EngineError
 from reelforge.runtime.manifest import PlanEntry, ProfileEntry, StageEntry
@@ -76,12 +77,17 @@ class LoadedPlan:
     the calls that it came through, and with them a plan's weights on the GPU.
     """
 
-    def __init__(self, session: DeviceSession, stage: str, path: Path, plan: PlanEntry) -> None:
+    def __init__(
+        self, session: DeviceSession, stage: str, path: Path, plan: PlanEntry, kernels: KernelCache | None = None
+    ) -> None:
         self.plan = plan
         self.what = f"stage {stage!r}" if plan.parts == 1 else f"part {plan.part} of stage {stage!r}"
         self._session = session
         self._stage = stage
         self._path = path
+        self._kernels = kernels
+        self._kept_shapes: set[tuple[int, tuple[Shape, ...]]] = set()  # those whose kernels are in the cache
+        self._shapes: tuple[int, tuple[Shape, ...]] | None = None
         self._engine: CudaEngine | None = None
         self._context: ExecutionContext | None = None
         self._profile: int | None = None
@@ -99,7 +105,7 @@ class LoadedPlan:
         if self._engine is None:
             raise self._refused()
         self._check_signature(self._engine)
-        self._context = library.create_context(self._engine)
+        self._context = library.create_context(self._engine, self._kernels)
         if self._context is None:
             raise self._refused()
 
@@ -125,6 +131,7 @@ class LoadedPlan:
                 f"choose profile {profile}",
             )
             self._profile = profile
+        self._shapes = (profile, tuple(shapes[info.name] for info in self.plan.inputs))
         for info in self.plan.inputs:
             shape = shapes[info.name]
             self._require(self._opened().set_input_shape(info.name, shape), f"take {info.name} {list(shape)}")
@@ -174,10 +181,18 @@ class LoadedPlan:
         """Return whether a CUDA graph can hold the plan as it is prepared."""
         return self._session.library.can_capture(self._opened(), self._session.stream)
 
+    def keep_kernels(self) -> None:
+        """Keep what was compiled for the shapes that have just run; nothing may be running."""
+        if self._kernels is not None and self._shapes is not None and self._shapes not in self._kept_shapes:
+            self._kernels.save()
+            self._kept_shapes.add(self._shapes)
+
     def close(self) -> None:
-        """Release context and engine, in this order. Closing twice is harmless."""
+        """Release context, engine and kernel cache, in this order. Closing twice is harmless."""
         self._context = None
         self._engine = None
+        if self._kernels is not None:
+            self._kernels.close()
 
     def _opened(self) -> ExecutionContext:
         assert self._context is not None, "a plan was used after it was closed"
@@ -223,7 +238,9 @@ class LoadedPlan:
         )
 
 
-def load_plan(session: DeviceSession, stage: str, path: Path, plan: PlanEntry) -> LoadedPlan:
+def load_plan(
+    session: DeviceSession, stage: str, path: Path, plan: PlanEntry, kernels: KernelCache | None = None
+) -> LoadedPlan:
     """Load one plan onto the session's GPU.
 
     Args:
@@ -231,6 +248,7 @@ def load_plan(session: DeviceSession, stage: str, path: Path, plan: PlanEntry) -
         stage: The stage's name.
         path: The plan's file.
         plan: What the manifest says of it.
+        kernels: What was compiled for this GPU before; None compiles it again.
 
     Raises:
         EngineError: If library and plan are of different versions, the weights do not fit into the free memory, the
@@ -255,7 +273,7 @@ def load_plan(session: DeviceSession, stage: str, path: Path, plan: PlanEntry) -
             expected=f"{plan.weight_bytes} bytes",
             fix="end other programs that use this GPU (nvidia-smi lists them), or build with a lower precision",
         )
-    loaded = LoadedPlan(session, stage, path, plan)
+    loaded = LoadedPlan(session, stage, path, plan, kernels)
     try:
         loaded.load()
     except BaseException:

@@ -14,9 +14,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from reelforge.export import cache
-from reelforge.export.cache import PlanCache, PlanKey, builder_digest, default_folder, parse_size
+from reelforge.export.cache import PlanCache, PlanKey, builder_digest, parse_size
 from reelforge.export.engines.request import Expected, PlanRequest, Profile
 from reelforge.export.graph_file import graph_digest
+from reelforge.runtime.cache_folder import default_folder
 from reelforge.runtime.errors import BuildError, RequestError
 from reelforge.runtime.manifest import TensorInfo, WeightEntry
 from reelforge.runtime.recipe import Precision, Target

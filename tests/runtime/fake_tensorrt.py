@@ -9,6 +9,7 @@ over all of its activation memory.
 from __future__ import annotations
 
 import enum
+import hashlib
 import itertools
 import json
 import struct
@@ -25,10 +26,11 @@ from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.engines.engine import EngineOptions
 from reelforge.runtime.engines.onnxruntime_engine import OnnxRuntimeEngine, engine_from_bytes
 from reelforge.runtime.engines.tensorrt_library import DATA_TYPES, ITEM_BYTES, MODULES
-from reelforge.runtime.manifest import PlanEntry, ProfileEntry, StageEntry, TensorInfo
+from reelforge.runtime.manifest import FileEntry, PlanEntry, ProfileEntry, StageEntry, TensorInfo
 from reelforge.runtime.plan_file import architecture_mask
 from reelforge.runtime.recipe import Backend, Target, VideoShape
 from tests.runtime.fake_cuda import FakeCuda, Misuse
+from tests.runtime.fake_runtime_config import FakeConfig, FakeRuntimeCache
 
 VERSIONS = {Backend.RTX: "1.7.1.116", Backend.TRT: "10.14.1.48"}
 WIDE = (1, 4, 64)
@@ -83,6 +85,10 @@ class FakeTensorRt:
         self.enqueued: list[str] = []  # plans, as execute_async_v3 was called
         self.misuse: list[str] = []  # what a finaliser found, which cannot raise
         self.alive = {"runtime": 0, "engine": 0, "context": 0}
+        self.caches_alive = 0
+        self.kernels_compiled = 0
+        self.driver = "580.65"  # what a cache of kernels is bound to
+        self.no_kernels = False  # serialize gives None
 
     def Runtime(self, logger: Any) -> FakeRuntime:
         return FakeRuntime(self, logger)
@@ -144,7 +150,7 @@ class FakeEngine:
 
     def create_runtime_config(self) -> FakeConfig:
         assert self.module.backend is Backend.RTX
-        return FakeConfig()
+        return FakeConfig(self.module)
 
     def create_execution_context(self, settings: Any) -> FakeContext | None:
         strategy = settings
@@ -157,18 +163,18 @@ class FakeEngine:
         if self.module.no_context:
             self.logger.log(self.logger.ERROR, "out of memory for a context")
             return None
-        return FakeRtxContext(self) if self.module.backend is Backend.RTX else FakeContext(self)
-
-
-class FakeConfig:
-    strategy: Any = None
-    dynamic_shapes_kernel_specialization_strategy: Any = None
-
-    def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
-        self.strategy = strategy
+        if self.module.backend is not Backend.RTX:
+            return FakeContext(self)
+        context = FakeRtxContext(self)
+        context.kernels = settings.kernels
+        if (cache := settings.kernels()) is not None:
+            cache.contexts.append(weakref.ref(context))
+        return context
 
 
 class FakeContext:
+    kernels: Callable[[], FakeRuntimeCache | None] = staticmethod(lambda: None)
+
     def __init__(self, engine: FakeEngine) -> None:
         self.engine, self.module = engine, engine.module
         self.settings = Settings()
@@ -242,6 +248,7 @@ class FakeContext:
         _disjoint({**ranges, "activations": settings.memory})
         for address, size in (*ranges.values(), settings.memory):
             cuda.view(address, size)
+        self._compile_kernels()
         if cuda.capturing(stream):
             if module.fails_in_capture or self.warm_shapes != (settings.profile, settings.shapes):
                 self.engine.logger.log(self.engine.logger.ERROR, "cannot be captured before a run with these shapes")
@@ -281,6 +288,15 @@ class FakeContext:
             module.executions.append(path)
 
         return work
+
+    def _compile_kernels(self) -> None:
+        """Those of the present shapes, unless the cache has them."""
+        cache = self.kernels()
+        wanted = f"{self.engine.plan.path} {self.settings.profile} {sorted(self.settings.shapes.items())}"
+        if cache is None or wanted not in cache.kernels:
+            self.module.kernels_compiled += 1
+        if cache is not None:
+            cache.kernels.add(wanted)
 
     def _shapes_of_outputs(self) -> dict[str, tuple[int, ...]]:
         """From a run on zeros, since the graphs' own shape inference is not what is tested here."""
@@ -333,6 +349,7 @@ def add_plans(
     """
     (bundle.path / "plans").mkdir(exist_ok=True)
     stages = []
+    files = list(bundle.manifest.files)
     for number, stage in enumerate(bundle.manifest.stages):
         graph = bundle.graph(stage.name).read_bytes()
         pieces = (parts or {}).get(stage.name, [Part(graph, stage.inputs, stage.outputs)])
@@ -350,13 +367,16 @@ def add_plans(
                     tuple((profiles or {}).get(stage.name, default)), 4096, f"{module.__name__} {module.__version__}",
                 )  # fmt: skip
                 module.plans[path] = (plan, piece.graph, bundle.path)
-                (bundle.path / path).write_bytes(plan_bytes(path, group))
+                data = plan_bytes(path, group)
+                (bundle.path / path).write_bytes(data)
+                files.append(FileEntry(path, len(data), hashlib.sha256(data).hexdigest()))
                 plans.append(plan)
         stages.append(replace(stage, plans=tuple(plans)))
     listed = tuple(name for name in ARCHITECTURES if any(name in group for group in architectures))
     target = Target(module.backend, listed)
     recipe = replace(bundle.manifest.recipe, shapes=SHAPES)
-    return Bundle(bundle.path, replace(bundle.manifest, target=target, stages=tuple(stages), recipe=recipe))
+    changes = {"target": target, "stages": tuple(stages), "recipe": recipe, "files": tuple(files)}
+    return Bundle(bundle.path, replace(bundle.manifest, **changes))
 
 
 def plan_bytes(path: str, architectures: Sequence[str]) -> bytes:
