@@ -10,7 +10,9 @@ from onnx_ir.passes import InPlacePass, common
 
 from reelforge.export.engines.requirements import takes
 from reelforge.export.passes.decompose_frame_causal_attention import DecomposeFrameCausalAttentionPass
+from reelforge.export.passes.decompose_top_k_attention import DecomposeTopKAttentionPass
 from reelforge.export.passes.defer_scales import DeferScalesPass
+from reelforge.export.passes.lower_block_sparse_attention import LowerBlockSparseAttentionPass
 from reelforge.export.passes.lower_float8 import LowerFloat8Pass
 from reelforge.export.passes.lower_frame_causal_attention import LowerFrameCausalAttentionPass
 from reelforge.export.passes.lower_group_norm import LowerGroupNormPass
@@ -44,6 +46,7 @@ def passes_for(target: Target, eight_bit: EightBit) -> Sequence[InPlacePass]:
     """
     compiled = (
         common.IdentityEliminationPass(),
+        DecomposeTopKAttentionPass(),
         DecomposeFrameCausalAttentionPass(_logits(target)),
         MaskKeyLengthsPass(),
         LowerLinearPass(),
@@ -59,6 +62,8 @@ def passes_for(target: Target, eight_bit: EightBit) -> Sequence[InPlacePass]:
     lowering: dict[Backend, tuple[InPlacePass, ...]] = {
         Backend.CPU: (
             common.IdentityEliminationPass(),
+            DecomposeTopKAttentionPass(),
+            LowerBlockSparseAttentionPass(),
             LowerFrameCausalAttentionPass(),
             LowerKeyLengthsPass(),
             LowerGroupNormPass(),
@@ -74,6 +79,8 @@ def passes_for(target: Target, eight_bit: EightBit) -> Sequence[InPlacePass]:
         ),
         Backend.CUDA: (  # as the CPU's, with the int8 inputs of GPUs; never run on one
             common.IdentityEliminationPass(),
+            DecomposeTopKAttentionPass(),
+            LowerBlockSparseAttentionPass(),
             LowerFrameCausalAttentionPass(),
             LowerKeyLengthsPass(),
             LowerGroupNormPass(),
