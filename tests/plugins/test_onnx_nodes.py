@@ -76,6 +76,19 @@ def test_nodes_follow_the_schema(schema) -> None:
         assert len(output.shape) == len(tensor.shape)
 
 
+def test_what_no_input_shows_is_an_attribute() -> None:
+    """Whoever types a plugin's outputs needs the 16-bit type: from an input, or else from the attribute."""
+    for schema in PLUGINS.values():
+        shown = any(tensor.dtype is None for tensor in schema.inputs)
+        needed = any(tensor.dtype is None for tensor in schema.outputs)
+        assert schema.types_its_output == (needed and not shown)
+    assert {name for name, schema in PLUGINS.items() if schema.types_its_output} == {
+        f"{kind}{suffix}"
+        for kind in ("int8_fp8_attention", "block_sparse_attention")
+        for suffix in ("", "_fp16_accumulator")
+    }
+
+
 def test_refusals() -> None:
     v = ir.Value(name="v", type=ir.TensorType(ir.DataType.FLOAT))
     with pytest.raises(ValueError, match="v is FLOAT, expected BFLOAT16"):
