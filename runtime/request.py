@@ -5,11 +5,13 @@ Knows the manifest; not engines, and not how a prompt is tokenised.
 
 from __future__ import annotations
 
-import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+from reelforge.runtime.attention.table import DENSE, AttentionTable
+from reelforge.runtime.attention.table import problems as table_problems
 from reelforge.runtime.errors import RequestError
 from reelforge.runtime.manifest import Manifest, ProfileEntry
 from reelforge.runtime.noise import MAX_SEED
@@ -17,6 +19,14 @@ from reelforge.runtime.recipe import VideoShape
 from reelforge.runtime.tokenize import clean_prompt
 
 Number = TypeVar("Number", int, float)
+
+MAX_SIDE = 16_384
+MAX_FRAMES = 4_097
+MAX_STEPS = 1_000_000
+"""Sizes where a bundle states none. Beyond these a number is a mistake; what a machine can hold is less."""
+
+MAX_SCALE = 1e6
+"""Of guidance and shift: far above any use, far below where float32 overflows."""
 
 _SIZES = ("height", "width", "frames")
 
@@ -34,6 +44,7 @@ class Request:
         seed: Seed of the initial noise (see ``runtime.noise``).
         guidance: Embedded guidance scale; only for models that take one.
         shift: Shift of the flow-matching schedule.
+        attention: What the attention of ``dit`` leaves out; only for bundles built for that.
     """
 
     prompt: str
@@ -44,6 +55,7 @@ class Request:
     seed: int = 0
     guidance: float | None = None
     shift: float | None = None
+    attention: AttentionTable | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,12 @@ class ResolvedRequest:
     seed: int
     guidance: float
     shift: float
+    attention: AttentionTable = DENSE
+
+
+_SHOWN_BITS = 128
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 40
 
 
 @dataclass
@@ -71,22 +89,25 @@ def resolve_request(request: Request, manifest: Manifest, bundle_name: str) -> R
     Raises:
         RequestError: Listing all settings that the bundle does not support.
     """
-    prompt = clean_prompt(request.prompt)
+    prompt, problems = _clean(request.prompt)
     default = default_shape(manifest)
     sizes: dict[str, int] = {name: _default(getattr(request, name), getattr(default, name)) for name in _SIZES}
     defaults = manifest.spec.defaults
     steps = _default(request.steps, defaults.steps)
     guidance = _default(request.guidance, defaults.guidance)
     shift = _default(request.shift, defaults.shift)
-    problems = [problem for name in _SIZES if (problem := _size_problem(name, sizes[name], manifest))]
-    problems += _integer_problems("steps", steps, 1, None, defaults.steps)
+    problems += [problem for name in _SIZES if (problem := _size_problem(name, sizes[name], manifest))]
+    problems += _integer_problems("steps", steps, 1, MAX_STEPS, defaults.steps)
     problems += _integer_problems("seed", request.seed, 0, MAX_SEED, 0)
     problems += _number_problems("guidance", guidance, defaults.guidance)
     problems += _number_problems("shift", shift, defaults.shift)
     if request.guidance is not None and not manifest.spec.dit.guidance_embedding:
-        problems.append(_Problem(f"guidance={guidance!r}", "no guidance: this model takes none", "leave guidance out"))
+        said = f"guidance={_shown(guidance)}"
+        problems.append(_Problem(said, "no guidance: this model takes none", "leave guidance out"))
     if manifest.target.backend.has_plans and not problems:
         problems += _plan_problems(VideoShape(**sizes), steps, manifest)
+    if request.attention is not None and not problems:
+        problems += _attention_problems(request.attention, VideoShape(**sizes), steps, manifest)
     if problems:
         names = ", ".join(problem.received for problem in problems)
         raise RequestError(
@@ -95,7 +116,8 @@ def resolve_request(request: Request, manifest: Manifest, bundle_name: str) -> R
             expected="; ".join(problem.expected for problem in problems),
             fix="; ".join(problem.fix for problem in problems),
         )
-    return ResolvedRequest(prompt, VideoShape(**sizes), steps, request.seed, float(guidance), float(shift))
+    shape, attention = VideoShape(**sizes), request.attention or DENSE
+    return ResolvedRequest(prompt, shape, steps, request.seed, float(guidance), float(shift), attention)
 
 
 def default_shape(manifest: Manifest) -> VideoShape:
@@ -111,6 +133,23 @@ def _default(value: Number | None, default: Number) -> Number:
     return default if value is None else value
 
 
+def _clean(prompt: object) -> tuple[str, list[_Problem]]:
+    if not isinstance(prompt, str):
+        return "", [_Problem(f"prompt={_shown(prompt)}", "prompt a string", "pass text, which may be empty")]
+    try:
+        return clean_prompt(prompt), []
+    except RequestError as error:
+        what = error.where.removeprefix("the prompt is ").removesuffix(".")
+        return "", [_Problem(f"prompt={error.received}", f"prompt {error.expected} (it is {what})", error.fix)]
+
+
+def _shown(value: object) -> str:
+    """Return a value for a message: short, and whatever it is. Python refuses to write very long integers out."""
+    if isinstance(value, int) and value.bit_length() > _SHOWN_BITS:
+        return f"<an integer of {value.bit_length()} bits>"
+    return ascii(value) if isinstance(value, (int, float, type(None))) else _SHORT.repr(value)
+
+
 def _size_problem(name: str, value: object, manifest: Manifest) -> _Problem | None:
     """Check one of height, width and frames against the model's grid and the range that the bundle's shapes span."""
     if name == "frames":
@@ -121,22 +160,22 @@ def _size_problem(name: str, value: object, manifest: Manifest) -> _Problem | No
         grid = f"a multiple of {step}"
     smallest = offset or step
     served = [int(getattr(shape, name)) for shape in manifest.recipe.shapes]
-    low, high = (min(served), max(served)) if served else (smallest, None)
-    span = f" of at least {low}" if high is None else f" in {low}..{high}" if low != high else f", here {low}"
+    limit = ((MAX_FRAMES if name == "frames" else MAX_SIDE) - offset) // step * step + offset
+    low, high = (min(served), max(served)) if served else (smallest, limit)
+    span = f" in {low}..{high}" if low != high else f", here {low}"
     expected = f"{name} {grid}{span}" + (" or 1" if name == "frames" and low > 1 else "")
     if type(value) is not int:
-        return _Problem(f"{name}={value!r}", expected, f"use {name}={low}")
-    inside = low <= value and (high is None or value <= high)
+        return _Problem(f"{name}={_shown(value)}", expected, f"use {name}={low}")
+    inside = low <= value <= high
     if name == "frames" and value == 1:
         return None
     if inside and value % step == offset % step:
         return None
-    nearest = max(round((value - offset) / step) * step + offset, low)
-    nearest = nearest if high is None else min(nearest, high)
+    nearest = min(max((value - offset + step // 2) // step * step + offset, low), high)
     hint = f"use {name}={nearest}"
-    if not inside and value >= smallest and value % step == offset % step:
+    if not inside and smallest <= value <= limit and value % step == offset % step:
         hint += ", or rebuild with a shape that covers it"
-    return _Problem(f"{name}={value}", expected, hint)
+    return _Problem(f"{name}={_shown(value)}", expected, hint)
 
 
 def _plan_problems(shape: VideoShape, steps: int, manifest: Manifest) -> list[_Problem]:
@@ -167,14 +206,22 @@ def _takes(profile: ProfileEntry, sizes: Mapping[str, int]) -> bool:
     return all(ranges[name][0] <= size <= ranges[name][2] for name, size in sizes.items())
 
 
-def _integer_problems(name: str, value: object, low: int, high: int | None, default: int) -> list[_Problem]:
-    if type(value) is int and value >= low and (high is None or value <= high):
+def _attention_problems(table: AttentionTable, shape: VideoShape, steps: int, manifest: Manifest) -> list[_Problem]:
+    sparse, dit = manifest.recipe.sparse_attention, manifest.spec.dit
+    grid = manifest.spec.token_grid(shape.height, shape.width, shape.frames)
+    found = table_problems(table, sparse, grid, dit.heads, steps)
+    return [_Problem(problem.received, problem.expected, problem.fix) for problem in found]
+
+
+def _integer_problems(name: str, value: object, low: int, high: int, default: int) -> list[_Problem]:
+    if type(value) is int and low <= value <= high:
         return []
-    expected = f"{name} a whole number of at least {low}" if high is None else f"{name} a whole number in {low}..{high}"
-    return [_Problem(f"{name}={value!r}", expected, f"use for example {name}={default}")]
+    expected = f"{name} a whole number in {low}..{high}"
+    return [_Problem(f"{name}={_shown(value)}", expected, f"use for example {name}={default}")]
 
 
 def _number_problems(name: str, value: object, default: float) -> list[_Problem]:
-    if type(value) in (int, float) and math.isfinite(float(str(value))) and float(str(value)) > 0:
-        return []
-    return [_Problem(f"{name}={value!r}", f"{name} a finite number above 0", f"use for example {name}={default:g}")]
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= MAX_SCALE:
+        return []  # NaN compares false
+    expected = f"{name} a number above 0, at most {MAX_SCALE:g}"
+    return [_Problem(f"{name}={_shown(value)}", expected, f"use for example {name}={default:g}")]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,7 +16,14 @@ from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.errors import RequestError
 from reelforge.runtime.manifest import Manifest, PlanEntry, ProfileEntry
 from reelforge.runtime.recipe import Target, VideoShape
-from reelforge.runtime.request import Request, default_shape, resolve_request
+from reelforge.runtime.request import (
+    MAX_FRAMES,
+    MAX_SIDE,
+    MAX_STEPS,
+    Request,
+    default_shape,
+    resolve_request,
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +66,7 @@ def test_all_problems_at_once(manifest: Manifest) -> None:
     text = str(caught.value)
     for part in ("height=17", "width=-16", "frames=4", "steps=0", "seed=-1", "guidance=nan", "shift=0.0"):
         assert part in text
-    assert "frames 4k+1 of at least 1" in text
+    assert "frames 4k+1 in 1..4097" in text
     assert "use height=16; use width=16; use frames=5" in text
 
 
@@ -101,9 +110,63 @@ def test_guidance_for_a_model_that_takes_none(manifest: Manifest) -> None:
         resolve_request(Request("", guidance=6.0), plain, "x")
 
 
-def test_prompt_that_is_no_text(manifest: Manifest) -> None:
-    with pytest.raises(RequestError, match="not valid Unicode"):
-        resolve_request(Request("\udcff"), manifest, "x")
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("\udcff", r"prompt='\\udcff'.*not valid Unicode text at character 0"),
+        ("caf\ud800e", r"prompt='\\ud800'.*not valid Unicode text at character 3"),
+        (None, "prompt=None.*a string"),
+        (b"a ball", "prompt=b'a ball'.*a string"),
+        (["a ball"], "a string"),
+        (7, "prompt=7.*a string"),
+        ([0] * 10**6, "a string"),
+    ],
+)
+def test_prompts_that_are_no_text_are_listed_with_the_rest(manifest: Manifest, prompt: object, said: str) -> None:
+    for steps in (None, 0):
+        with pytest.raises(RequestError) as caught:
+            resolve_request(Request(prompt, steps=steps), manifest, "x")  # type: ignore[arg-type]
+        text = " ".join(str(caught.value).split())
+        assert re.search(said, text), text
+        assert ("steps=0" in text) == (steps == 0)
+        assert len(text) < 500
+        text.encode("ascii")
+
+
+STRANGE: list[object] = [
+    True, False, "", "48", "\udcff", b"1", math.nan, math.inf, -math.inf, 1e308, -0.0, 10**30, 10**5000, -(10**5000),
+    [], {}, (16,), object(), complex(1, 1), np.float32(2), np.int64(16), np.array([16, 16]), 1j,
+]  # fmt: skip
+SETTINGS = ("height", "width", "frames", "steps", "seed", "guidance", "shift")
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("value", STRANGE, ids=lambda value: type(value).__name__)
+def test_strange_values_are_refused_by_name(manifest: Manifest, name: str, value: object) -> None:
+    with pytest.raises(RequestError) as caught:
+        resolve_request(Request("", **{name: value}), manifest, "x")  # type: ignore[arg-type]
+    text = str(caught.value)
+    assert text.startswith(f"RequestError: {name}=")
+    assert f"expected: {name} " in text
+    assert f"{name}=" in caught.value.fix
+    assert len(text) < 500
+
+
+@pytest.mark.parametrize("value", STRANGE, ids=lambda value: type(value).__name__)
+def test_everything_strange_at_once_is_listed_at_once(manifest: Manifest, value: object) -> None:
+    with pytest.raises(RequestError) as caught:
+        resolve_request(Request(*([value] * 8)), manifest, "x")  # type: ignore[arg-type]
+    assert [name for name in SETTINGS if f"{name}=" not in caught.value.where] == []
+    assert ("prompt=" in caught.value.where) == (not isinstance(value, str) or value == "\udcff")
+
+
+@pytest.mark.parametrize(("name", "most"), [("height", MAX_SIDE), ("frames", MAX_FRAMES), ("steps", MAX_STEPS)])
+def test_numbers_that_would_take_all_memory(manifest: Manifest, name: str, most: int) -> None:
+    resolve_request(Request("", **{name: most}), manifest, "x")
+    for beyond in (most + 16, most * 10**400):
+        with pytest.raises(RequestError, match=f"{name}=") as caught:
+            resolve_request(Request("", **{name: beyond}), manifest, "x")
+        assert str(most) in caught.value.expected
 
 
 sizes = st.one_of(st.none(), st.integers(-40, 400))
