@@ -14,6 +14,7 @@ import numpy as np
 
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.cuda.memory import DeviceBuffer
+from reelforge.runtime.engines.device_registers import DeviceRegisters
 from reelforge.runtime.engines.device_session import DeviceSession, contiguous
 from reelforge.runtime.engines.engine import Array, EngineOptions, check_inputs, output_targets
 from reelforge.runtime.engines.kernel_cache import KernelCache, kernel_file
@@ -39,12 +40,13 @@ class TensorRtEngine:
         self._places = share_places(parts, {*self.inputs, *self.outputs})
         self._buffers: dict[str, DeviceBuffer] = {}
         self._loop: TensorRtLoop | None = None
+        self._prepared: tuple[dict[str, Shape], dict[str, Shape]] | None = None  # inputs' shapes, and all of them
         self._closed = False
         session.attach(self)
 
     def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array | None] | None = None) -> dict[str, Array]:
         """Compute the outputs (see :class:`reelforge.runtime.engines.engine.Engine`)."""
-        self._require_free()
+        self.require_free()
         sizes = check_inputs(self.name, self.inputs, inputs)
         targets = output_targets(self.name, self.outputs, sizes, inputs, outputs)
         sources = {name: contiguous(array) for name, array in inputs.items()}  # alive until the copies are done
@@ -54,8 +56,7 @@ class TensorRtEngine:
             addresses = self.bind(shapes, {})
             for name, array in sources.items():
                 self.session.upload(addresses[name], array)
-            for part in self.parts:
-                part.enqueue()
+            self.enqueue()
             for name, target in targets.items():
                 if target is None:
                     target = np.empty(shapes[name], np.dtype(self.outputs[name].dtype))
@@ -74,7 +75,7 @@ class TensorRtEngine:
         Raises:
             EngineError: If a tensor does not fit the stage, or there is too little memory.
         """
-        self._require_free()
+        self.require_free()
         self._loop = loop = TensorRtLoop(self, latents, fixed, per_step, self._capture)
         try:
             loop.start()
@@ -83,12 +84,25 @@ class TensorRtEngine:
             raise
         return loop
 
+    def registers(self) -> DeviceRegisters:
+        """Return new registers on this engine's GPU, which all its session's engines compute with."""
+        return DeviceRegisters(self.session)
+
     def prepare(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
         """Set the inputs' shapes in every part and return the shapes of all tensors."""
+        if self._prepared is not None and self._prepared[0] == shapes:
+            return dict(self._prepared[1])
+        self._prepared = None
         known = dict(shapes)
         for part in self.parts:
             known.update(part.prepare(known))
+        self._prepared = (dict(shapes), dict(known))
         return known
+
+    def enqueue(self) -> None:
+        """Enqueue all parts, bound and prepared as they are, on the session's stream."""
+        for part in self.parts:
+            part.enqueue()
 
     def bind(self, shapes: Mapping[str, Shape], elsewhere: Mapping[str, int]) -> dict[str, int]:
         """Give every tensor a place and tell the parts, and return the places.
@@ -126,6 +140,19 @@ class TensorRtEngine:
         if self._loop is loop:
             self._loop = None
 
+    def require_free(self) -> None:
+        """Refuse a call while a loop uses the engine, or after its end.
+
+        Raises:
+            EngineError: If it is closed, or a loop has begun and was not closed.
+        """
+        if self._closed:
+            raise EngineError(f"stage {self.name!r} was run after its engine was closed.")
+        if self._loop is not None:
+            raise EngineError(
+                f"stage {self.name!r} was run while a sampling loop uses it.", fix="close the loop before"
+            )
+
     def close(self) -> None:
         """Release plans, weights and buffers."""
         if self._closed:
@@ -151,14 +178,6 @@ class TensorRtEngine:
                 self.session.cuda, size_bytes, f"{name!r} of stage {self.name!r}"
             )
         return buffer.address
-
-    def _require_free(self) -> None:
-        if self._closed:
-            raise EngineError(f"stage {self.name!r} was run after its engine was closed.")
-        if self._loop is not None:
-            raise EngineError(
-                f"stage {self.name!r} was run while a sampling loop uses it.", fix="close the loop before"
-            )
 
     def _other_shape(self, name: str, received: Shape, expected: Shape) -> EngineError:
         return EngineError(

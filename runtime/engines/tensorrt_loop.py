@@ -128,8 +128,7 @@ class TensorRtLoop:
         assert self._staging is not None
         cuda, stream = self._session.cuda, self._session.stream
         cuda.copy(self._block.address, self._staging.address, self._block.size_bytes, Copy.TO_DEVICE, stream)
-        for part in self._engine.parts:
-            part.enqueue()
+        self._engine.enqueue()
         old, new = self._addresses["latents"], self._addresses["next_latents"]
         cuda.copy(old, new, self._latents.nbytes, Copy.ON_DEVICE, stream)
 

@@ -245,7 +245,7 @@ class FakeContext:
             name: (settings.addresses[name], int(np.prod(shapes[name], dtype=np.int64)) * ITEM_BYTES[info.dtype])
             for name, info in self.engine.infos.items()
         }
-        _disjoint({**ranges, "activations": settings.memory})
+        _disjoint({**ranges, "activations": settings.memory}, {info.name for info in plan.inputs})
         for address, size in (*ranges.values(), settings.memory):
             cuda.view(address, size)
         self._compile_kernels()
@@ -323,10 +323,10 @@ class FakeRtxContext(FakeContext):
         return self.module.capturable
 
 
-def _disjoint(ranges: dict[str, tuple[int, int]]) -> None:
-    ordered = sorted((address, size, name) for name, (address, size) in ranges.items())
-    for (address, size, name), (following, _, other) in itertools.pairwise(ordered):
-        if address + size > following:
+def _disjoint(ranges: dict[str, tuple[int, int]], only_read: set[str]) -> None:
+    """What is written overlaps nothing; two inputs may be the same memory."""
+    for (name, (address, size)), (other, (start, length)) in itertools.combinations(ranges.items(), 2):
+        if address < start + length and start < address + size and not {name, other} <= only_read:
             raise Misuse(f"{name} and {other} overlap")
 
 
