@@ -29,7 +29,7 @@ COMPUTE_IR_DTYPES = {
     Precision.BF16: ir.DataType.BFLOAT16,
     Precision.FP16: ir.DataType.FLOAT16,
 }
-_IR_DTYPES = {"float32": ir.DataType.FLOAT, "int64": ir.DataType.INT64}
+_IR_DTYPES = {"float32": ir.DataType.FLOAT, "int32": ir.DataType.INT32, "int64": ir.DataType.INT64}
 
 
 def assemble_stage(
@@ -63,7 +63,8 @@ class _Assembly:
             for index, prefix in enumerate(part.prefixes(), part.first):
                 self._stamp(part, trace, index, prefix)
         for name, rows in self.collected.items():
-            self.environment[name] = self._emit("Concat", rows, name, {"axis": 1})
+            before = [self.environment[earlier] for earlier in self.stage.earlier.get(name, ())]
+            self.environment[name] = self._emit("Concat", [*before, *rows], name, {"axis": 1})
         outputs = [self._output(name) for name in self.stage.outputs]
         graph = ir.Graph(
             inputs,

@@ -64,5 +64,7 @@ def run_stage(
                         collected.setdefault(port.value, []).append(result)
                     else:
                         environment[port.value] = result
-    environment.update({name: torch.stack(rows, dim=1) for name, rows in collected.items()})
+    for name, rows in collected.items():
+        before = [environment[earlier] for earlier in stage.earlier.get(name, ())]
+        environment[name] = torch.cat([*before, torch.stack(rows, dim=1)], dim=1)
     return {name: environment[stage.value_of(name)].numpy() for name in stage.outputs}

@@ -106,6 +106,8 @@ class Stage:
         name.
         aliases: Outer name -> value, for inputs and outputs that are called otherwise outside: a value that a cut
             stage both reads and writes.
+        earlier: Collected value -> inputs that hold the rows of the repeats before this stage's own, in order: where a
+            cut goes through what collects an output.
     """
 
     name: str
@@ -116,6 +118,7 @@ class Stage:
     outputs: tuple[str, ...]
     tolerance: dict[str, float]
     aliases: dict[str, str] = field(default_factory=dict)
+    earlier: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def value_of(self, name: str) -> str:
         """Return the value behind the name of an input or output."""

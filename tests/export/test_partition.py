@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ def blocks(stage: Stage) -> int:
     for part in stage.parts:
         own = part.parameter_shapes()
         each = [sum(sizes(stage)[prefix + name] for name in own) for prefix in part.prefixes()]
-        largest = max(largest, sum(each) if any(port.indexed for port in part.output_ports) else max(each))
+        largest = max(largest, *each)
     return largest
 
 
@@ -113,9 +114,20 @@ def dit_inputs(tiny: TinyStages) -> Arrays:
     }
 
 
-def test_parts_compute_the_stage_in_pytorch(tiny: TinyStages, tmp_path: Path) -> None:
+def modulation_inputs(tiny: TinyStages) -> Arrays:
+    random, stage = np.random.default_rng(12), tiny.stages["modulation"]
+    shapes = {name: stage.values[name].shape for name in stage.inputs}
+    sizes = {name: [3 if size == "steps" else int(size) for size in shape] for name, shape in shapes.items()}
+    return {name: random.standard_normal(shape).astype(np.float32) for name, shape in sizes.items()}
+
+
+INPUTS = {"dit": dit_inputs, "modulation": modulation_inputs}
+
+
+@pytest.mark.parametrize("name", list(INPUTS))
+def test_parts_compute_the_stage_in_pytorch(tiny: TinyStages, tmp_path: Path, name: str) -> None:
     """Exactly: the same operations in the same order."""
-    stage, entries, values = tiny.stages["dit"], written(tiny, "dit", tmp_path), dit_inputs(tiny)
+    stage, entries, values = tiny.stages[name], written(tiny, name, tmp_path), INPUTS[name](tiny)
     wanted = run_stage(stage, tmp_path, entries, values)
     parts = partition(stage, sizes(stage), blocks(stage))
     assert len(parts) > 3
@@ -125,9 +137,12 @@ def test_parts_compute_the_stage_in_pytorch(tiny: TinyStages, tmp_path: Path) ->
         np.testing.assert_array_equal(values[name], array)
 
 
-def test_parts_compute_the_stage_in_onnx_runtime(tiny: TinyStages, tmp_path: Path, trace_memory: TraceMemory) -> None:
+@pytest.mark.parametrize(("name", "share"), [("dit", 0.5), ("modulation", 0.5), ("modulation", 0.01)])
+def test_parts_compute_the_stage_in_onnx_runtime(
+    tiny: TinyStages, tmp_path: Path, trace_memory: TraceMemory, name: str, share: float
+) -> None:
     """Each lowered on its own; the tolerance is that of the same graph with other fusions."""
-    stage, entries, values = tiny.stages["dit"], written(tiny, "dit", tmp_path), dit_inputs(tiny)
+    stage, entries, values = tiny.stages[name], written(tiny, name, tmp_path), INPUTS[name](tiny)
 
     def run(each: Stage, inputs: Arrays) -> Arrays:
         traces = [trace_memory(part, each.values, Precision.FP32) for part in each.parts]
@@ -143,7 +158,7 @@ def test_parts_compute_the_stage_in_onnx_runtime(tiny: TinyStages, tmp_path: Pat
         return dict(zip(each.outputs, session.run(None, {name: inputs[name] for name in each.inputs}), strict=True))
 
     wanted = run(stage, values)
-    for part in partition(stage, sizes(stage), sum(sizes(stage).values()) // 2):
+    for part in partition(stage, sizes(stage), int(sum(sizes(stage).values()) * share)):
         values |= run(part, values)
     for name, array in wanted.items():
         np.testing.assert_allclose(values[name], array, rtol=0, atol=1e-5)
@@ -156,3 +171,30 @@ def test_what_crosses_a_cut_has_the_stage_s_precision(tiny: TinyStages) -> None:
     assert types["image.0"] == types["text_stream.0"] == "bfloat16"
     assert types["joint_cos.0"] == "float32"
     assert {info.dtype for info in stage.tensor_infos(stage.outputs, "bfloat16")} == {"float32"}
+
+
+def test_rows_of_one_output_come_from_several_parts(tiny: TinyStages) -> None:
+    """Each part passes on as many as it has blocks, and the last one has the output's own name and shape."""
+    stage = tiny.stages["modulation"]
+    parts = partition(stage, sizes(stage), blocks(stage))
+    assert len(parts) > tiny.spec.dit.double_blocks
+    infos = [{info.name: info for info in part.tensor_infos(part.outputs)} for part in parts]
+    for value, blocks_of_kind in (("double_modulation", tiny.spec.dit.double_blocks),
+                                  ("single_modulation", tiny.spec.dit.single_blocks)):  # fmt: skip
+        made = [name for each in infos for name in each if name.startswith(value)]
+        assert made[-1] == value
+        assert made[:-1] == [name for part in parts for name in part.inputs if name.startswith(value)]
+        (last,) = (part for part in parts if value in part.outputs)
+        rows = sum(int(info.shape[1]) for each in infos for name, info in each.items() if name in made[:-1])
+        own = sum(part.repeat for part in last.parts if any(port.value == value for port in part.output_ports))
+        assert rows + own == blocks_of_kind
+        assert last.tensor_infos((value,)) == stage.tensor_infos((value,))
+
+
+def test_rows_that_blocks_read_are_made_in_one_part(tiny: TinyStages) -> None:
+    """They are not the stage's outputs: a later part would read them by the index of the whole."""
+    stage = tiny.stages["modulation"]
+    inner = replace(stage, outputs=("single_modulation", "final_modulation"))
+    parts = partition(inner, sizes(inner), blocks(inner))
+    makers = [part for part in parts if any("double_modulation[i]" in each.outputs for each in part.parts)]
+    assert len(makers) == 1
