@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -156,6 +156,33 @@ class Pipeline:
         resolved = self.resolve(request)
         initial = self._initial_latents(resolved, latents)
         return self._generation(resolved, initial, save_latents, stop or Stop())
+
+    async def generate_async(
+        self,
+        request: Request,
+        latents: FloatArray | None = None,
+        save_latents: str | Path | None = None,
+        stop: Stop | None = None,
+    ) -> Pixels:
+        """:meth:`generate` in a thread; cancelling the task sets ``stop`` and ends the work within one unit of it."""
+        from reelforge.runtime import asynchronous  # asyncio is slow to import, and most programs do without
+
+        stop = stop or Stop()
+        return await asynchronous.generate(lambda: self.generate(request, None, latents, save_latents, stop), stop)
+
+    def stream_async(
+        self,
+        request: Request,
+        latents: FloatArray | None = None,
+        save_latents: str | Path | None = None,
+        stop: Stop | None = None,
+    ) -> AsyncGenerator[Event, None]:
+        """:meth:`stream` for ``async for``: made in a thread, one event ahead of the consumer and no more."""
+        from reelforge.runtime import asynchronous
+
+        self.resolve(request)
+        stop = stop or Stop()
+        return asynchronous.stream(lambda: self.stream(request, latents, save_latents, stop), stop)
 
     def encode_text(self, prompt: str) -> TextEncoding:
         """Run both text encoders on a prompt.

@@ -1,0 +1,66 @@
+"""Holds an engine up where a test wants it: no sleeping, no guessing what a thread is doing."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from reelforge.runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
+
+WAIT_S = 30.0
+
+
+class Gate:
+    """Counts loads and runs of engines; a run of the ``held`` stage waits until the gate is opened."""
+
+    def __init__(self) -> None:
+        self.runs: Counter[str] = Counter()
+        self.loads: Counter[str] = Counter()
+        self.held: str | None = None
+        self.entered = threading.Event()
+        self.opened = threading.Event()
+
+    def hold(self, stage: str) -> None:
+        self.entered.clear()
+        self.opened.clear()
+        self.held = stage
+
+    def open(self) -> None:
+        self.held = None
+        self.opened.set()
+
+    def pass_through(self, stage: str) -> None:
+        self.runs[stage] += 1
+        if stage == self.held:
+            self.entered.set()
+            assert self.opened.wait(WAIT_S), "the gate was never opened"
+
+
+@contextmanager
+def gate_on_engines(patch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    from reelforge.runtime.engines import onnxruntime_engine as module
+
+    gate = Gate()
+    run, create = OnnxRuntimeEngine.run, module.OnnxRuntimeEngine.__init__
+
+    def counted_run(
+        engine: OnnxRuntimeEngine,
+        inputs: Mapping[str, np.ndarray],
+        outputs: Mapping[str, np.ndarray | None] | None = None,
+    ) -> dict[str, np.ndarray]:
+        gate.pass_through(engine.name)
+        return run(engine, inputs, outputs)
+
+    def counted_load(engine: OnnxRuntimeEngine, name: str, *arguments: object) -> None:
+        gate.loads[name] += 1
+        create(engine, name, *arguments)  # type: ignore[arg-type]
+
+    patch.setattr(module.OnnxRuntimeEngine, "run", counted_run)
+    patch.setattr(module.OnnxRuntimeEngine, "__init__", counted_load)
+    yield gate
+    gate.open()
