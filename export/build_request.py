@@ -10,7 +10,7 @@ from reelforge.calibration.scale_methods import DEFAULT_PERCENTILE, ScaleMethod
 from reelforge.export.cache import DEFAULT_LIMIT_BYTES
 from reelforge.export.models.hunyuan_video.spec_from_checkpoint import Numerics
 from reelforge.runtime.manifest import StageEntry
-from reelforge.runtime.recipe import Precision, Target, VideoShape
+from reelforge.runtime.recipe import Precision, SparseAttention, Target, VideoShape
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class BuildRequest:
         high_precision: Of what is not in 8 bits in a quantised stage; None means the target's default.
         kept: Layers that stay in high precision although their stage is quantised: stage -> patterns.
         attention: Arithmetic of attention; None means the high precision.
+        sparse_attention: How the attention of ``dit`` can leave out keys; None if it never does.
         shapes: Video shapes to serve; empty for any.
         stages: Names of the stages to build; empty for all.
         batch: Largest number of videos per call of ``dit``.
@@ -92,6 +93,7 @@ class BuildRequest:
     high_precision: Precision | None = None
     kept: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     attention: Precision | None = None
+    sparse_attention: SparseAttention | None = None
     shapes: tuple[VideoShape, ...] = ()
     stages: tuple[str, ...] = ()
     batch: int = 1

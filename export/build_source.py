@@ -21,7 +21,7 @@ from reelforge.export.family import FAMILIES, Family
 from reelforge.export.prompt_template import find_prompt_template
 from reelforge.export.quantisation import attention_formats
 from reelforge.export.stage import Stage
-from reelforge.export.target_rules import check_bases, default_base
+from reelforge.export.target_rules import check_bases, check_sparse_attention, default_base
 from reelforge.export.tokenizers import tokenizer_json
 from reelforge.export.weights import resolve_stages
 from reelforge.runtime.bundle.write import BundleWriter
@@ -94,6 +94,7 @@ class BuildSource:
             request.high_precision or default_base(target, beside_8_bit=True),
             {stage: tuple(sorted(patterns)) for stage, patterns in sorted(request.kept.items())},
             request.attention,
+            request.sparse_attention,
         )
         idle = sorted(set(recipe.kept) - set(recipe.quantised_stages()))
         if idle:
@@ -105,6 +106,7 @@ class BuildSource:
                 fix=f"add --precision {idle[0]}=int8, or leave the pattern out",
             )
         check_bases(recipe, target)
+        check_sparse_attention(recipe, target)
         if not target.backend.has_plans:
             return recipe
         recipe = replace(recipe, shapes=named_shapes(self.spec, recipe))
@@ -157,7 +159,7 @@ def open_source(request: BuildRequest) -> BuildSource:
     checkpoint = open_checkpoint(request.checkpoint)
     family = FAMILIES[checkpoint.family]
     spec = family.spec(checkpoint, request.numerics)
-    stages = family.stages(spec, request.batch)
+    stages = family.stages(spec, request.batch, request.sparse_attention)
     _check_request(request, family.stage_names, spec)
     resolved = resolve_stages(checkpoint, family.key_maps[checkpoint.layout], spec, stages)
     tokenizers = {role: tokenizer_json(_tokenizer(checkpoint, role), role) for role in ("llm", "clip")}

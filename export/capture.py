@@ -22,7 +22,7 @@ from reelforge.export.stage import COMPUTE, Part, Value
 from reelforge.runtime.recipe import Precision
 
 OPSET = 23
-_TORCH_DTYPES = {"float32": torch.float32, "int64": torch.int64}
+_TORCH_DTYPES = {"float32": torch.float32, "int32": torch.int32, "int64": torch.int64}
 COMPUTE_DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 # Sizes used while tracing; any distinct numbers above one do. Joint and image tokens agree with the latent grid so that
 # the trace runs, and stay symbolic in the result.
@@ -37,6 +37,11 @@ _TRACE_SIZES = {
     "latent_width": 12,
     "image_tokens": 72,
     "joint_tokens": 77,
+    "image_slots": 80,
+    "joint_slots": 85,
+    "block_entries": 59,
+    "block_starts": 12,
+    "key_blocks": 22,
     "tile_frames": 3,
     "tile_height": 6,
     "tile_width": 10,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from reelforge.calibration.rules import StageRules
 from reelforge.export.checkpoint.component import Checkpoint, Layout
@@ -20,6 +21,7 @@ from reelforge.export.models.hunyuan_video.spec_from_checkpoint import Numerics,
 from reelforge.export.models.hunyuan_video.stages import STAGE_NAMES, hunyuan_video_stages
 from reelforge.export.planner.work import StageWork, Workload
 from reelforge.export.stage import Stage
+from reelforge.runtime.recipe import SparseAttention
 from reelforge.runtime.spec import ModelSpec
 
 StageTables = Mapping[str, Mapping[str, Mapping[str, Source]]]
@@ -38,6 +40,20 @@ class KeyMap:
     explained: Callable[[ModelSpec], Mapping[str, Sequence[Explained]]]
 
 
+class StageList(Protocol):
+    """Lists a family's stages."""
+
+    def __call__(self, spec: ModelSpec, batch: int = 1, sparse: SparseAttention | None = None) -> tuple[Stage, ...]:
+        """Return the stages in pipeline order.
+
+        Args:
+            spec: The model's numbers.
+            batch: Largest number of videos per call of ``dit``.
+            sparse: How the attention of ``dit`` leaves out keys; None if it does not.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Family:
     """One model family.
@@ -45,7 +61,7 @@ class Family:
     Attributes:
         stage_names: All stages, in pipeline order.
         spec: Reads the numbers of a checkpoint.
-        stages: Lists the stages for a spec and a batch size.
+        stages: Lists the stages for a spec, a batch size and a kind of sparse attention.
         key_maps: By checkpoint layout.
         quantisation: Which layers of which stages may be computed in 8 bits.
         quantised_by_default: The stages that an 8-bit precision for the whole model means.
@@ -54,7 +70,7 @@ class Family:
 
     stage_names: tuple[str, ...]
     spec: Callable[[Checkpoint, Numerics], ModelSpec]
-    stages: Callable[[ModelSpec, int], tuple[Stage, ...]]
+    stages: StageList
     key_maps: Mapping[Layout, KeyMap]
     quantisation: Callable[[ModelSpec], Mapping[str, StageRules]]
     quantised_by_default: tuple[str, ...]

@@ -68,6 +68,47 @@ def default_base(target: Target, *, beside_8_bit: bool = False) -> Precision:
     )
 
 
+_NO_BLOCK_LISTS: Mapping[Backend, str] = {
+    Backend.CUDA: "ONNX Runtime has no kernel that visits lists of key blocks, and its mask would be as large as dense "
+    "attention",
+    Backend.RTX: "TensorRT-RTX takes no plugins, and its own attention visits every key",
+    Backend.TRT: "the plugin that visits lists of key blocks is not in the graph yet",
+}
+"""Backends that gain nothing from sparse attention, and why."""
+
+
+def check_sparse_attention(recipe: Recipe, target: Target) -> None:
+    """Refuse sparse attention where the target has no kernel for it, or the recipe no meaning.
+
+    Raises:
+        RequestError: Saying which.
+    """
+    sparse = recipe.sparse_attention
+    if sparse is None:
+        return
+    if target.backend in _NO_BLOCK_LISTS:
+        raise RequestError(
+            f"the target {target} has no sparse attention: {_NO_BLOCK_LISTS[target.backend]}.",
+            received=f"--sparse-attention {sparse.kind.value}",
+            expected="--target cpu, which computes what the kernels would, and saves nothing",
+            fix="leave --sparse-attention out",
+        )
+    if recipe.batch > 1:
+        raise RequestError(
+            "sparse attention serves one video per call.",
+            received=f"--batch {recipe.batch}",
+            expected="--batch 1",
+            fix="leave --batch or --sparse-attention out",
+        )
+    if sparse.key_block < 1 or sparse.query_block < 1 or sparse.query_block % sparse.key_block:
+        raise RequestError(
+            "the blocks of sparse attention do not fit each other.",
+            received=f"blocks of {sparse.query_block} queries and {sparse.key_block} keys",
+            expected="queries a multiple of keys, as many as the kernel has",
+            fix="leave --attention-blocks out for 128x64",
+        )
+
+
 def check_bases(recipe: Recipe, target: Target) -> None:
     """Refuse a recipe whose base precisions the target's backend does not take.
 

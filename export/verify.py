@@ -17,11 +17,14 @@ import numpy as np
 from reelforge.export.family import FAMILIES
 from reelforge.export.reference import run_stage
 from reelforge.export.stage import Stage
+from reelforge.runtime.attention.inputs import JointSequence, attention_inputs
+from reelforge.runtime.attention.table import Pattern, usual_table
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.conditioning import guidance_value, rope_tables, sinusoids
 from reelforge.runtime.engines.onnxruntime_engine import engine_from_onnx
 from reelforge.runtime.errors import VerificationError
 from reelforge.runtime.manifest import Manifest
+from reelforge.runtime.recipe import Recipe, SparseKind
 from reelforge.runtime.schedule import flow_match_sigmas, timesteps
 from reelforge.runtime.spec import ModelSpec
 
@@ -53,7 +56,7 @@ def measure_stages(folder: Path, manifest: Manifest, stages: Sequence[Stage]) ->
         manifest: Its manifest.
         stages: The stages to run, in pipeline order.
     """
-    values = _inputs(manifest.spec, manifest.recipe.batch)
+    values = _inputs(manifest.spec, manifest.recipe)
     results = []
     for stage in stages:
         entry = manifest.stage(stage.name)
@@ -101,7 +104,9 @@ def require_within(parities: Sequence[StageParity]) -> None:
 def bundle_stages(bundle: Bundle) -> tuple[Stage, ...]:
     """Return the stages that ``bundle`` was built from."""
     manifest = bundle.manifest
-    stages = FAMILIES[manifest.spec.family].stages(manifest.spec, manifest.recipe.batch)
+    stages = FAMILIES[manifest.spec.family].stages(
+        manifest.spec, manifest.recipe.batch, manifest.recipe.sparse_attention
+    )
     return tuple(stage for stage in stages if manifest.stage(stage.name) is not None)
 
 
@@ -110,14 +115,21 @@ def _difference(received: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(received.astype(np.float64) - expected).max()) / scale
 
 
-def _inputs(spec: ModelSpec, batch: int) -> dict[str, np.ndarray]:
+def _inputs(spec: ModelSpec, recipe: Recipe) -> dict[str, np.ndarray]:
     """Return inputs of every stage; outputs of earlier stages replace the random ones as they become known."""
     random = np.random.Generator(np.random.Philox(_SEED))
     dit, llm, clip = spec.dit, spec.llm, spec.clip
-    videos = batch if batch > 1 else 1
+    videos = recipe.batch
     grid = (_LATENT_FRAMES, _LATENT_SIZE // dit.patch[1], (_LATENT_SIZE + 2) // dit.patch[2])
     cos, sin = rope_tables(grid, dit.rope_axes, dit.rope_theta)
     sigmas = flow_match_sigmas(_STEPS, spec.defaults.shift)
+
+    chosen: dict[str, np.ndarray] = {}
+    if recipe.sparse_attention is not None:
+        pattern = Pattern.TOP_K if recipe.sparse_attention.kind is SparseKind.TOP_K else Pattern.SLIDING_TILE
+        sequence = JointSequence(grid, _TEXT_TOKENS, dit.heads)
+        attention = attention_inputs(usual_table(pattern), recipe.sparse_attention, sequence, _STEPS, (cos, sin))
+        chosen = {**attention.fixed, **{name: rows[0, ...] for name, rows in attention.per_step.items()}}
 
     def normal(*shape: int) -> np.ndarray:
         return random.standard_normal(shape, dtype=np.float32)
@@ -141,6 +153,7 @@ def _inputs(spec: ModelSpec, batch: int) -> dict[str, np.ndarray]:
         "sigma_step": np.array(sigmas[1] - sigmas[0], dtype=np.float32),
         "text_lengths": np.arange(videos, dtype=np.int64) % _TEXT_TOKENS + 1,
         "latent_tile": normal(1, spec.vae.latent_channels, _LATENT_FRAMES, _LATENT_SIZE, _LATENT_SIZE + 2),
+        **chosen,
     }
 
 

@@ -44,7 +44,8 @@ def compare_weights(bundle: Bundle, checkpoint_path: Path) -> int:
     checkpoint = open_checkpoint(checkpoint_path)
     family = FAMILIES[bundle.manifest.spec.family]
     spec = family.spec(checkpoint, Numerics(bundle.manifest.provenance["numerics"]))
-    stages = {stage.name: stage for stage in family.stages(spec, bundle.manifest.recipe.batch)}
+    recipe = bundle.manifest.recipe
+    stages = {stage.name: stage for stage in family.stages(spec, recipe.batch, recipe.sparse_attention)}
     resolved = resolve_stages(checkpoint, family.key_maps[checkpoint.layout], spec, tuple(stages.values()))
     plans = _plans(bundle, family, stages)
     compared, different = 0, []

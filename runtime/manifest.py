@@ -18,7 +18,7 @@ from reelforge.runtime.quality import QualityReport
 from reelforge.runtime.recipe import Recipe, Target
 from reelforge.runtime.spec import ModelSpec
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,28 @@ def _unknown_target(text: str, expected: str, example: str) -> RequestError:
     )
 
 
+class SparseKind(enum.Enum):
+    """Who decides which key blocks a query block of ``dit`` visits."""
+
+    LISTS = "lists"  # the runtime: patterns of positions, as inputs of the stage
+    TOP_K = "topk"  # the stage itself, by the products of mean queries and mean keys
+
+
+@dataclass(frozen=True)
+class SparseAttention:
+    """How the attention of ``dit`` leaves out keys; how many is said by every request.
+
+    Attributes:
+        kind: Who decides.
+        query_block: Queries that share a decision; a multiple of ``key_block``.
+        key_block: Keys that are visited or left out together.
+    """
+
+    kind: SparseKind
+    query_block: int = 128
+    key_block: int = 64
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Precision per stage and the video shapes that the bundle serves.
@@ -134,6 +156,7 @@ class Recipe:
         kept: Layers of a quantised stage that stay in high precision beyond what the family keeps: stage -> patterns in
             which ``*`` stands for any characters.
         attention: Arithmetic of the ``dit`` stage's attention; None means the high precision.
+        sparse_attention: How the ``dit`` stage's attention leaves out keys; None means that it never does.
     """
 
     precision: dict[str, Precision]
@@ -142,6 +165,7 @@ class Recipe:
     high_precision: Precision = Precision.FP32
     kept: dict[str, tuple[str, ...]] = field(default_factory=dict)
     attention: Precision | None = None
+    sparse_attention: SparseAttention | None = None
 
     @classmethod
     def uniform(

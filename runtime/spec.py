@@ -141,3 +141,8 @@ class ModelSpec:
             height // self.vae.spatial_compression,
             width // self.vae.spatial_compression,
         )
+
+    def token_grid(self, height: int, width: int, frames: int) -> tuple[int, int, int]:
+        """Return the grid ``(T, H, W)`` of image tokens of such a video."""
+        _, t, h, w = self.latent_shape(height, width, frames)
+        return t // self.dit.patch[0], h // self.dit.patch[1], w // self.dit.patch[2]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from reelforge.runtime.attention.inputs import JointSequence, attention_inputs
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.conditioning import guidance_value, rope_tables, sinusoids
 from reelforge.runtime.engines.engine import Array
@@ -95,12 +96,18 @@ class StageInputs:
     def conditions(self, request: ResolvedRequest, refined: Array, vectors: Mapping[str, Array]) -> Conditions:
         """Return what ``dit`` is told, given what ``refiner`` (``text``) and ``modulation`` made of their inputs."""
         dit = self._spec.dit
-        cos, sin = rope_tables(self.token_grid(request.shape), dit.rope_axes, dit.rope_theta)
+        grid, sparse = self.token_grid(request.shape), self._bundle.manifest.recipe.sparse_attention
+        cos, sin = rope_tables(grid, dit.rope_axes, dit.rope_theta)
         fixed: dict[str, Array] = {"rope_cos": cos, "rope_sin": sin}
         if any(info.name == "text_lengths" for info in self._bundle.stage("dit").inputs):
             fixed["text_lengths"] = np.array([refined.shape[1]], dtype=np.int64)
         # One video per call: the axis after the step is the batch.
         per_step = {name: rows[:, None] for name, rows in {"text": refined, **vectors}.items()}
+        if sparse is not None:
+            sequence = JointSequence(grid, refined.shape[1], dit.heads)
+            attention = attention_inputs(request.attention, sparse, sequence, request.steps, (cos, sin))
+            fixed |= attention.fixed
+            per_step |= attention.per_step
         sigmas = flow_match_sigmas(request.steps, request.shift)
         return Conditions(fixed, {**per_step, "sigma_step": sigma_steps(sigmas)})
 
@@ -110,9 +117,7 @@ class StageInputs:
 
     def token_grid(self, shape: VideoShape) -> tuple[int, int, int]:
         """Return the grid ``(T, H, W)`` of image tokens of a video."""
-        _, frames, height, width = self._spec.latent_shape(shape.height, shape.width, shape.frames)
-        patch = self._spec.dit.patch
-        return frames // patch[0], height // patch[1], width // patch[2]
+        return self._spec.token_grid(shape.height, shape.width, shape.frames)
 
     def _timestep_embedding(self, request: ResolvedRequest) -> Array:
         sigmas = flow_match_sigmas(request.steps, request.shift)

@@ -18,7 +18,7 @@ from reelforge.export.planner.layers import StageLayers
 from reelforge.export.planner.work import Call, Phase
 from reelforge.export.stage import Stage
 
-_ELEMENT_BYTES = {"float32": 4, "int64": 8}
+_ELEMENT_BYTES = {"float32": 4, "int32": 4, "int64": 8}
 
 EXPORT_BYTES = Constant(0.53e9, "benchmarks/export.md: peak anonymous memory, fp16, weights are streamed")
 CODE_BASE_BYTES = Constant(1.7e6, "plans of 1+1 and 4+4 blocks for sm89+sm120 exceed their weights by 4.3 and 11.2 MB")

@@ -8,12 +8,18 @@ instead of one over a concatenation. What it does not know: timesteps, schedules
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reelforge.export.models.hunyuan_video.layers import HeadNorm, attend, gated, modulate, rotate
 from reelforge.runtime.spec import DitSpec
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From rotated q and k, and v, [B, S, h, d] in one dtype, to [B, S, h * d]."""
 
 
 class PatchEmbedding(nn.Module):
@@ -25,14 +31,18 @@ class PatchEmbedding(nn.Module):
         features = spec.latent_channels * spec.patch[0] * spec.patch[1] * spec.patch[2]
         self.patch_embed = nn.Linear(features, spec.width)
 
-    def forward(self, latents: Tensor, text: Tensor, rope_cos: Tensor, rope_sin: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, latents: Tensor, text: Tensor, rope_cos: Tensor, rope_sin: Tensor, token_gather: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """Return ``(image, text, joint_cos, joint_sin)``.
 
         Args:
             latents: fp32 [B, C, T, H, W].
             text: fp32 [B, L, D].
-            rope_cos: fp32 [N, d/2], image tokens in t-major order.
+            rope_cos: fp32 [N, d/2], image tokens in the order of the result.
             rope_sin: Likewise.
+            token_gather: int64 [N], the token in each place of the result, counted in t-major order; None is that
+                order.
 
         Returns:
             image [B, N, D] and text [B, L, D] in the parameters' dtype; tables [N + L, d/2] whose text rows are the
@@ -43,6 +53,8 @@ class PatchEmbedding(nn.Module):
         pt, ph, pw = self.patch
         grid = latents.reshape(batch, channels, frames // pt, pt, height // ph, ph, width // pw, pw)
         patches = grid.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, -1, channels * pt * ph * pw)
+        if token_gather is not None:
+            patches = patches.index_select(1, token_gather)
         ones = torch.ones_like(text[0, :, :1]).expand(-1, rope_cos.shape[-1])
         joint_cos = torch.cat((rope_cos, ones), dim=0)
         joint_sin = torch.cat((rope_sin, torch.zeros_like(ones)), dim=0)
@@ -75,9 +87,9 @@ class HeadProjections(nn.Module):
         return self.q_norm(q), self.k_norm(k), v
 
 
-def attend_rotated(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, key_lengths: Tensor | None) -> Tensor:
+def attend_rotated(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
     """Rotate fp32 q and k [B, S, h, d], then attend in v's dtype; returns [B, S, h * d]."""
-    return attend(rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype), v, key_lengths)
+    return attention(rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype), v)
 
 
 class Stream(HeadProjections):
@@ -126,12 +138,24 @@ class DoubleBlock(nn.Module):
             joint_sin: Likewise.
             key_lengths: int64 [B] or None.
         """
+        return self.compute(image, text, modulation, joint_cos, joint_sin, partial(attend, key_lengths=key_lengths))
+
+    def compute(
+        self,
+        image: Tensor,
+        text: Tensor,
+        modulation: Tensor,
+        joint_cos: Tensor,
+        joint_sin: Tensor,
+        attention: Attention,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the new ``(image, text)`` of any attention."""
         i_shift1, i_scale1, i_gate1, i_shift2, i_scale2, i_gate2 = modulation[:, 0].split(1, dim=1)
         t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = modulation[:, 1].split(1, dim=1)
         image_qkv = self.image.project(modulate(image, i_shift1, i_scale1, self.image.eps))
         text_qkv = self.text.project(modulate(text, t_shift1, t_scale1, self.text.eps))
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(image_qkv, text_qkv, strict=True))
-        attended = attend_rotated(q, k, v, joint_cos, joint_sin, key_lengths)
+        attended = attend_rotated(q, k, v, joint_cos, joint_sin, attention)
         tokens = image.shape[1]
         return (
             self.image.finish(image, attended[:, :tokens], i_gate1, i_shift2, i_scale2, i_gate2),
@@ -174,9 +198,15 @@ class SingleBlock(HeadProjections):
             joint_sin: Likewise.
             key_lengths: int64 [B] or None.
         """
+        return self.compute(joint, modulation, joint_cos, joint_sin, partial(attend, key_lengths=key_lengths))
+
+    def compute(
+        self, joint: Tensor, modulation: Tensor, joint_cos: Tensor, joint_sin: Tensor, attention: Attention
+    ) -> Tensor:
+        """Return the new joint sequence of any attention."""
         shift, scale, gate = modulation.split(1, dim=1)
         normed = modulate(joint, shift, scale, self.eps)
-        attended = attend_rotated(*self.project(normed), joint_cos, joint_sin, key_lengths)
+        attended = attend_rotated(*self.project(normed), joint_cos, joint_sin, attention)
         hidden = self.proj_mlp(F.gelu(self.fc1(normed), approximate="tanh"))
         return joint + gated(self.proj_attention(attended) + hidden, gate)
 
@@ -192,7 +222,12 @@ class FinalLayer(nn.Module):
         self.eps = spec.norm_eps
 
     def forward(
-        self, joint: Tensor, final_modulation: Tensor, latents: Tensor, sigma_step: Tensor
+        self,
+        joint: Tensor,
+        final_modulation: Tensor,
+        latents: Tensor,
+        sigma_step: Tensor,
+        token_scatter: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return fp32 ``(velocity, next_latents)``, both [B, C, T, H, W].
 
@@ -201,11 +236,13 @@ class FinalLayer(nn.Module):
             final_modulation: fp32 [B, 2, D]: shift, scale.
             latents: fp32 [B, C, T, H, W].
             sigma_step: fp32 scalar, ``sigma_{i+1} - sigma_i``.
+            token_scatter: int64 [tokens], the place of each image token in ``joint``; None is t-major order.
         """
         batch, channels, frames, height, width = latents.shape
         pt, ph, pw = self.patch
         grid = (frames // pt, height // ph, width // pw)
-        image = joint[:, : grid[0] * grid[1] * grid[2]]
+        tokens = grid[0] * grid[1] * grid[2]
+        image = joint[:, :tokens] if token_scatter is None else joint.index_select(1, token_scatter[:tokens])
         shift, scale = final_modulation.split(1, dim=1)
         patches = self.proj(modulate(image, shift, scale, self.eps)).float()
         patches = patches.reshape(batch, *grid, channels, pt, ph, pw).permute(0, 4, 1, 5, 2, 6, 3, 7)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+
+from torch import nn
 
 from reelforge.export.models.hunyuan_video.conditioning import (
     ConditioningVector,
@@ -20,6 +23,7 @@ from reelforge.export.models.hunyuan_video.dit import (
     PatchEmbedding,
     SingleBlock,
 )
+from reelforge.export.models.hunyuan_video.dit_sparse import SparseDoubleBlock, SparseSingleBlock
 from reelforge.export.models.hunyuan_video.text_encoders import (
     ClipEmbedding,
     ClipLayer,
@@ -30,6 +34,7 @@ from reelforge.export.models.hunyuan_video.text_encoders import (
 )
 from reelforge.export.models.hunyuan_video.vae_decoder import VaeDecoder
 from reelforge.export.stage import COMPUTE, Part, Stage, Value
+from reelforge.runtime.recipe import SparseAttention, SparseKind
 from reelforge.runtime.spec import ModelSpec
 
 STAGE_NAMES = ("llm", "clip", "refiner", "modulation", "dit", "vae_decoder")
@@ -39,14 +44,16 @@ STAGE_NAMES = ("llm", "clip", "refiner", "modulation", "dit", "vae_decoder")
 _TOLERANCE = {"fp32": 2e-5, "fp16": 2e-2}
 
 
-def hunyuan_video_stages(spec: ModelSpec, batch: int = 1) -> tuple[Stage, ...]:
+def hunyuan_video_stages(spec: ModelSpec, batch: int = 1, sparse: SparseAttention | None = None) -> tuple[Stage, ...]:
     """Return the stages of a HunyuanVideo of the given size.
 
     Args:
         spec: The model's numbers.
         batch: Largest number of videos per call of ``dit``; above one it takes ``text_lengths`` and masks keys.
+        sparse: How the attention of ``dit`` leaves out keys; only for one video per call.
     """
-    return (_llm(spec), _clip(spec), _refiner(spec), _modulation(spec), _dit(spec, batch), _vae_decoder(spec))
+    dit = _dit(spec, batch) if sparse is None else _sparse_dit(spec, sparse)
+    return (_llm(spec), _clip(spec), _refiner(spec), _modulation(spec), dit, _vae_decoder(spec))
 
 
 def _llm(spec: ModelSpec) -> Stage:
@@ -221,6 +228,48 @@ def _dit(spec: ModelSpec, batch: int) -> Stage:
         ),
         outputs=("velocity", "next_latents"),
         tolerance=_TOLERANCE,
+    )
+
+
+def _sparse_dit(spec: ModelSpec, sparse: SparseAttention) -> Stage:
+    """Return ``dit`` with tokens in the order that a request asks for, and an attention that leaves out keys."""
+    dense, dit = _dit(spec, 1), spec.dit
+    order = {"token_gather": Value("int64", ("image_slots",)), "token_scatter": Value("int64", ("image_tokens",))}
+    choice = {
+        SparseKind.LISTS: {
+            "block_index": Value("int32", ("block_entries",)),
+            "block_start": Value("int32", (dit.heads, "block_starts")),
+        },
+        SparseKind.TOP_K: {"token_gather": order["token_gather"], "kept_blocks": Value("int64", ())},
+    }
+    attention = {**choice[sparse.kind], "block_keys": Value("int32", (1, "key_blocks"))}
+    rope = Value("float32", ("image_slots", dit.head_dim // 2))
+    joint_rope = Value("float32", ("joint_slots", dit.head_dim // 2))
+    changed = {
+        **order,
+        **attention,
+        "rope_cos": rope,
+        "rope_sin": rope,
+        "joint_cos": joint_rope,
+        "joint_sin": joint_rope,
+        "image": Value(COMPUTE, (1, "image_slots", dit.width)),
+        "joint": Value(COMPUTE, (1, "joint_slots", dit.width)),
+    }
+    changes: dict[str, tuple[partial[nn.Module], tuple[str, ...]]] = {
+        "PatchEmbedding": (partial(PatchEmbedding, dit), ("token_gather",)),
+        "DoubleBlock": (partial(SparseDoubleBlock, dit, sparse), tuple(attention)),
+        "SingleBlock": (partial(SparseSingleBlock, dit, sparse), tuple(attention)),
+        "FinalLayer": (partial(FinalLayer, dit), ("token_scatter",)),
+    }
+    parts = []
+    for part in dense.parts:
+        build, inputs = changes.get(part.label, (part.build, ()))
+        parts.append(replace(part, build=build, inputs=(*part.inputs, *inputs)))
+    return replace(
+        dense,
+        parts=tuple(parts),
+        values={**dense.values, **changed},
+        inputs=(*dense.inputs, *dict.fromkeys((*order, *attention))),
     )
 
 
