@@ -88,10 +88,10 @@ class PinnedBuffer:
 
 
 class Arena:
-    """One block of device memory that stages use in turn, as large as the largest of them needed so far.
+    """One block of device memory that stages use in turn, as large as the largest of those that are loaded needs.
 
-    Its content is lost when it grows, and :attr:`generation` counts how often that was: whoever recorded its address
-    compares.
+    Its content is lost when it grows or shrinks, and :attr:`generation` counts how often that was: whoever recorded its
+    address compares.
     """
 
     def __init__(self, cuda: Cuda) -> None:
@@ -115,6 +115,15 @@ class Arena:
             self._block = DeviceBuffer(self._cuda, size_bytes, purpose)
             self.generation += 1
         return self._block
+
+    def shrink(self, size_bytes: int) -> None:
+        """Free the block if it is larger than ``size_bytes`` ask for; nothing that uses it may be running.
+
+        Another is made by the next :meth:`reserve`: whoever gives things back must not be refused memory.
+        """
+        if self._block is not None and self._block.size_bytes > (aligned(size_bytes) if size_bytes else 0):
+            self.close()
+            self.generation += 1
 
     def close(self) -> None:
         """Free the block; a later :meth:`reserve` allocates another."""

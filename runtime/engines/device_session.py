@@ -16,7 +16,12 @@ from reelforge.runtime.errors import EngineError
 from reelforge.runtime.recipe import Backend
 
 
-class _Closable(Protocol):
+class _Attached(Protocol):
+    @property
+    def arena_bytes(self) -> int:
+        """What the engine has asked of the arena."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -28,7 +33,7 @@ class DeviceSession:
         self.library = library
         self.stream = cuda.create_stream()
         self.arena = Arena(cuda)
-        self._engines: list[_Closable] = []
+        self._engines: list[_Attached] = []
         self._closed = False
 
     @contextmanager
@@ -60,13 +65,14 @@ class DeviceSession:
         if array.nbytes:
             self.cuda.copy(array.ctypes.data, address, array.nbytes, Copy.TO_HOST, self.stream)
 
-    def attach(self, engine: _Closable) -> None:
+    def attach(self, engine: _Attached) -> None:
         """Remember an engine, so that it is closed before what it stands on."""
         self._engines.append(engine)
 
-    def detach(self, engine: _Closable) -> None:
-        """Forget an engine that is closed."""
+    def detach(self, engine: _Attached) -> None:
+        """Forget an engine that is closed; the arena keeps what those that are still loaded need."""
         self._engines = [other for other in self._engines if other is not engine]
+        self.arena.shrink(max((other.arena_bytes for other in self._engines), default=0))
 
     def close(self) -> None:
         """Close all engines, then the library, the arena and the stream. Closing twice is harmless."""

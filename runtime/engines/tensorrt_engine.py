@@ -42,6 +42,7 @@ class TensorRtEngine:
         self._loop: TensorRtLoop | None = None
         self._prepared: tuple[dict[str, Shape], dict[str, Shape]] | None = None  # inputs' shapes, and all of them
         self._closed = False
+        self.arena_bytes = 0
         session.attach(self)
 
     def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array | None] | None = None) -> dict[str, Array]:
@@ -126,7 +127,8 @@ class TensorRtEngine:
         """Tell all parts where tensors and arena are."""
         # The largest need at once, so that the arena does not grow after a part has been told where it is.
         need = max(part.activation_bytes() for part in self.parts)
-        activations = self.session.arena.reserve(need, f"the activations of stage {self.name!r}")
+        self.arena_bytes = max(self.arena_bytes, need)
+        activations = self.session.arena.reserve(self.arena_bytes, f"the activations of stage {self.name!r}")
         for part in self.parts:
             part.bind(addresses, activations)
 
