@@ -69,7 +69,6 @@ def _bucket_json(bucket: Bucket) -> dict[str, Any]:
         "seconds_per_step": None if step is None else step.total,
         "seconds_per_video": bucket.seconds_per_video,
         "memory_bytes": {memory.phase.value: memory.total_bytes for memory in bucket.memory},
-        "next_video_bytes": bucket.next_bytes,
         "stages": {stage.stage: _stage_json(stage) for stage in bucket.stages},
     }
 
@@ -166,21 +165,14 @@ def _memory_table(plan: Plan) -> Table:
     gpu = plan.options.gpu
     phases = [phase.value for phase in Phase]
     limit = "" if gpu is None else f" ({gpu.name}: {console.format_bytes(gpu.memory_bytes)})"
-    table = _table(f"Memory while generating{limit}", "video", *phases, "next video", *(("fits",) if gpu else ()))
+    table = _table(f"Memory while generating{limit}", "video", *phases, *(("fits",) if gpu else ()))
     for bucket in plan.buckets:
         sizes = {memory.phase.value: memory.total_bytes for memory in bucket.memory}
         row = [console.format_bytes(sizes[phase]) if phase in sizes else "" for phase in phases]
-        row.append(console.format_bytes(bucket.next_bytes))
         if gpu is not None:
-            row.append(_fits(max(sizes.values()), bucket.next_bytes, gpu))
+            row.append("yes" if max(sizes.values()) <= gpu.memory_bytes else "[red]no[/red]")
         table.add_row(str(bucket.shape), *row)
     return table
-
-
-def _fits(first: int, following: int, gpu: Gpu) -> str:
-    if first > gpu.memory_bytes:
-        return "[red]no[/red]"
-    return "yes" if following <= gpu.memory_bytes else "[yellow]once[/yellow]"
 
 
 def _video_table(plan: Plan) -> Table:

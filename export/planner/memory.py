@@ -63,7 +63,7 @@ class PhaseMemory:
         phase: The phase.
         stage: The stage with the largest sum.
         weight_bytes: Of that stage, all of its parts.
-        activation_bytes: Of that stage; of plans, the arena that it shares with earlier stages.
+        activation_bytes: Of that stage; of plans, the arena.
         io_bytes: Its inputs and outputs.
         carried_bytes: What the phase before put out.
     """

@@ -124,16 +124,13 @@ class Bucket:
         shape: Of the video; one frame is image mode.
         steps: Sampling steps.
         stages: In pipeline order.
-        memory: GPU memory by phase, in order.
-        next_bytes: Peak of a further video in the same process: the arena for activations is shared and never shrinks,
-            so that it is there from the beginning. Equal to the first video's peak without plans.
+        memory: GPU memory by phase, in order; the same for every video of a process.
     """
 
     shape: VideoShape
     steps: int
     stages: tuple[StageCost, ...]
     memory: tuple[PhaseMemory, ...]
-    next_bytes: int
 
     @property
     def peak(self) -> PhaseMemory:
@@ -283,10 +280,7 @@ class _Planner:
                 self.model.spec, replace(workload, steps=max(MAX_STEPS, workload.steps), prompts=PROFILE_PROMPTS)
             )
         stages = tuple(self._stage(stage, works[stage.name], largest[stage.name]) for stage in self.model.stages)
-        memory = tuple(self._memory(stages))
-        arena = max(phase.activation_bytes for phase in memory) if self.compiled else 0
-        again = max(phase.total_bytes + max(0, arena - phase.activation_bytes) for phase in memory)
-        return Bucket(shape, workload.steps, stages, memory, again)
+        return Bucket(shape, workload.steps, stages, tuple(self._memory(stages)))
 
     def _stage(self, stage: Stage, work: StageWork, largest: StageWork) -> StageCost:
         layers, gpu = self.layers[stage.name], self.options.gpu
@@ -310,23 +304,16 @@ class _Planner:
     def _memory(self, stages: Sequence[StageCost]) -> list[PhaseMemory]:
         weights = {build.stage: build.weight_bytes for build in self.builds}
         result: list[PhaseMemory] = []
-        carried = arena = 0
+        carried = 0
         for phase in Phase:
             of_phase = [stage for stage in stages if stage.phase is phase]
             if of_phase:
                 candidates = [
                     PhaseMemory(
-                        phase,
-                        stage.stage,
-                        weights[stage.stage],
-                        max(arena, stage.activation_bytes),
-                        stage.io_bytes,
-                        carried,
+                        phase, stage.stage, weights[stage.stage], stage.activation_bytes, stage.io_bytes, carried
                     )
                     for stage in of_phase
                 ]
                 result.append(max(candidates, key=lambda memory: memory.total_bytes))
             carried = sum(stage.output_bytes for stage in of_phase)
-            if self.compiled:
-                arena = max([arena, *(stage.activation_bytes for stage in of_phase)])
         return result
