@@ -47,6 +47,7 @@ class DeviceRegisters:
         self._values: dict[str, _Value] = {}
         self._buffers: list[DeviceBuffer] = []
         self._closed = False
+        self.arena_bytes = 0  # values have memory of their own
         session.attach(self)
 
     def write(self, name: str, array: Array) -> None:
