@@ -84,6 +84,10 @@ class EngineError(ReelforgeError):
     exit_code = 8
 
 
+class OutOfMemoryError(EngineError):
+    """Host or GPU had too little memory for a stage; with other work out of the way, or in smaller pieces, it may fit."""
+
+
 class CancelledError(ReelforgeError):
     """A generation was stopped by its caller; the pipeline can be used again."""
 

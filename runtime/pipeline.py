@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -24,6 +25,7 @@ import numpy as np
 
 from reelforge.runtime.bundle.open import Bundle, Check
 from reelforge.runtime.control import Stop
+from reelforge.runtime.decode import check_latents, decoding
 from reelforge.runtime.devices import device_index
 from reelforge.runtime.engines.engine import Engine, EngineOptions
 from reelforge.runtime.engines.load import load_engine
@@ -35,7 +37,6 @@ from reelforge.runtime.request import Request, ResolvedRequest, resolve_request
 from reelforge.runtime.residency import Residency
 from reelforge.runtime.sampling import begin_loop, take_step
 from reelforge.runtime.stage_inputs import Conditions, StageInputs, TextEncoding
-from reelforge.runtime.tiling import decode_tiled, plan_tiles
 from reelforge.runtime.turns import Turns
 
 if TYPE_CHECKING:
@@ -216,17 +217,31 @@ class Pipeline:
         return _result(self._sampling(request, conditions, self._initial_latents(request, latents), Stop()))
 
     def decode(self, latents: FloatArray) -> Iterator[FloatArray]:
-        """Decode final latents ``[1, C, T, H, W]``, tile by tile.
+        """Decode final latents ``[1, C, T, H, W]``.
 
         Yields:
             float32 ``[some frames, height, width, 3]`` in [0, 1], in order.
 
         Raises:
-            EngineError: If the engine fails.
+            RequestError: If the latents are not those of a video of this model.
+            DecodingError: If the engine fails.
         """
-        for event in self._decoding(latents, Stop()):
+        for event in self.stream_decode(latents):
             if isinstance(event, Frames):
                 yield event.values
+
+    def stream_decode(self, latents: FloatArray, stop: Stop | None = None) -> Generator[Event, None, None]:
+        """Like :meth:`decode`, but yield every event; to finish a generation whose decoding failed.
+
+        Raises:
+            RequestError: If the latents are not those of a video of this model.
+            DecodingError: If the engine fails.
+            CancelledError: If ``stop`` was set, or its deadline has passed.
+        """
+        check_latents(latents, self.spec)
+        stop = stop or Stop()
+        with self._turns.take(stop):
+            yield from self._decoding(latents, stop)
 
     @contextmanager
     def engine(self, stage: str) -> Iterator[Engine]:
@@ -273,7 +288,7 @@ class Pipeline:
             final = yield from self._sampling(request, conditions, latents, stop)
             if save_latents is not None:
                 write_latents(Path(save_latents), final)
-            yield from self._decoding(final, stop)
+            yield from self._decoding(final, stop, "" if save_latents is None else str(save_latents))
 
     def _encoding(self, prompt: str, stop: Stop) -> Generator[Event, None, TextEncoding]:
         inputs = self.inputs.text(prompt)
@@ -314,25 +329,9 @@ class Pipeline:
                 yield Progress("sampling", step + 1, total, pace_s * (total - step - 1))
         return latents
 
-    def _decoding(self, latents: FloatArray, stop: Stop) -> Generator[Event, None, None]:
-        total = plan_tiles((latents.shape[2], latents.shape[3], latents.shape[4]), self.spec.tiling).tiles
-        done: list[Progress] = []
-        first = 0
-        with self.engine("vae_decoder") as vae:
-
-            def decode_tile(tile: FloatArray) -> FloatArray:
-                stop.check(f"tile {len(done) + 1} of {total}")
-                frames: FloatArray = vae.run({"latent_tile": tile})["frame_tile"]
-                done.append(Progress("decoding", len(done) + 1, total))
-                return frames
-
-            told = 0
-            for batch in decode_tiled(latents, decode_tile, self.spec.tiling, self.spec.vae):
-                yield from done[told:]
-                told = len(done)
-                values = np.clip(batch[0].transpose(1, 2, 3, 0) * np.float32(0.5) + np.float32(0.5), 0.0, 1.0)
-                yield Frames(first, values)
-                first += len(values)
+    def _decoding(self, latents: FloatArray, stop: Stop, saved: str = "") -> Generator[Event, None, None]:
+        lend = partial(self.engine, "vae_decoder")
+        return decoding(latents, lend, self.spec, stop, self._residency.make_room, saved)
 
     def _initial_latents(self, request: ResolvedRequest, latents: FloatArray | None) -> FloatArray:
         shape = self.inputs.latent_shape(request.shape)

@@ -1,8 +1,9 @@
 """Tiled decoding: which latent tiles are decoded, and how their frames are blended (specification 5.2).
 
 The tiles are part of the numeric definition, since the decoder's GroupNorm sees whole tiles. The procedure is Tencent's
-and equals diffusers' with equal parameters. Frames are yielded as soon as they are final, one batch per temporal
-window, so that a video streams to its file. Of finished neighbours only the strips that later tiles need are kept.
+and equals diffusers' with equal parameters. Frames are yielded as soon as they are final, when the last tile of their
+temporal window is done, so that a video streams to its file. Of finished neighbours only the strips that later tiles
+need are kept, and of finished windows only the frames that the next one is faded into.
 
 Letters: ``C`` channels, ``T`` ``H`` ``W`` latent frames, rows and columns, ``F`` decoded frames. A decoded tile is
 ``[1, 3, F, rows, columns]``. The module does not know what decodes a tile, nor the range of its values.
@@ -11,7 +12,7 @@ Letters: ``C`` channels, ``T`` ``H`` ``W`` latent frames, rows and columns, ``F`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,72 +61,154 @@ def plan_tiles(latent_shape: tuple[int, int, int], tiling: VaeTiling) -> TilePla
     return TilePlan(windows, _spans(height, tiling), _spans(width, tiling))
 
 
+def smaller_tiles(tiling: VaeTiling, defined: VaeTiling, latent_shape: tuple[int, int, int]) -> VaeTiling | None:
+    """Return tiles of half the side, which take about a quarter of the memory; None where that is no decoder any more.
+
+    The temporal windows stay as they are, so that a video can change its tiles from one window to the next. Below a
+    quarter of the defined side nothing is offered: what GroupNorm would see has little to do with the picture.
+
+    Args:
+        tiling: The tiles that were too large.
+        defined: The model's own; their proportion of overlap is kept.
+        latent_shape: ``(T, H, W)``; tiles that exceed the picture are halved until they cut it.
+    """
+    tile = (min(tiling.tile, max(latent_shape[1:])) + 1) // 2
+    if tile * 4 < defined.tile or tile < 2:
+        return None
+    return replace(tiling, tile=tile, stride=max(tile * defined.stride // defined.tile, 1))
+
+
 def decode_tiled(latents: FloatArray, decode: TileDecoder, tiling: VaeTiling, vae: VaeSpec) -> Iterator[FloatArray]:
-    """Decode latents tile by tile.
+    """Decode latents tile by tile; :class:`TiledDecoder` without a choice between tiles.
 
     Args:
         latents: ``[1, C, T, H, W]``; tiles of it are passed on as views.
-        decode: ``[1, C, t, h, w]`` to a new array ``[1, 3, temporal_compression * (t - 1) + 1,
-            spatial_compression * h, spatial_compression * w]``, which is blended in place.
+        decode: See :class:`TiledDecoder`.
         tiling: The tiles.
         vae: Gives the two compression factors.
 
     Yields:
         ``[1, 3, F, rows, columns]`` of the whole picture, in order; the first batch has one frame more than the others.
     """
-    plan = plan_tiles((latents.shape[2], latents.shape[3], latents.shape[4]), tiling)
-    overlap = (tiling.frame_window - tiling.frame_stride) * vae.temporal_compression
-    kept = tiling.frame_stride * vae.temporal_compression
-    tail: FloatArray | None = None
-    for start, stop in plan.windows:
-        frames = _decode_window(latents[:, :, start:stop], decode, plan, tiling, vae.spatial_compression)
-        if tail is not None:
-            frames = frames[:, :, 1:]  # a window's first frame has no past to be decoded from; the tile before has it
-            _blend(tail, frames, _FRAMES, overlap)
-        tail = _last(frames, _FRAMES, overlap) if (start, stop) != plan.windows[-1] else None
-        if len(plan.windows) == 1:
-            yield frames
-        else:
-            yield frames[:, :, : kept + (1 if start == 0 else 0)]
+    decoder = TiledDecoder(latents, decode, tiling, vae)
+    for _ in decoder.windows:
+        for picture in decoder.window(tiling):
+            if picture is not None:
+                yield picture
+
+
+class TiledDecoder:
+    """Decodes one video window by window.
+
+    At any time it holds one window of the picture and the frames that the next window is faded into (twice while a
+    window is decoded, so that a window that fails can be decoded again), however long the video is.
+
+    Args:
+        latents: ``[1, C, T, H, W]``; tiles of it are passed on as views.
+        decode: ``[1, C, t, h, w]`` to a new array ``[1, 3, temporal_compression * (t - 1) + 1,
+            spatial_compression * h, spatial_compression * w]``, which is blended in place.
+        tiling: Gives the windows.
+        vae: Gives the two compression factors.
+
+    Attributes:
+        windows: The temporal windows, in latent frames.
+        finished: How many of them are done.
+    """
+
+    def __init__(self, latents: FloatArray, decode: TileDecoder, tiling: VaeTiling, vae: VaeSpec) -> None:
+        self._latents = latents
+        self._decode = decode
+        self._compression = vae.spatial_compression
+        self._overlap = (tiling.frame_window - tiling.frame_stride) * vae.temporal_compression
+        self._kept = tiling.frame_stride * vae.temporal_compression
+        self._tail: FloatArray | None = None
+        self.windows = self.plan(tiling).windows
+        self.finished = 0
+
+    def plan(self, tiling: VaeTiling) -> TilePlan:
+        """Return where the tiles lie."""
+        return plan_tiles((self._latents.shape[2], self._latents.shape[3], self._latents.shape[4]), tiling)
+
+    def window(self, tiling: VaeTiling) -> Iterator[FloatArray | None]:
+        """Decode the next window: tiles in raster order, each blended with the one above, then the one to its left.
+
+        The neighbours are the already blended and uncropped tiles. A finished tile is cropped, blended with the window
+        before, and put into the picture at once; the strip along its lower and right border is copied before that. A
+        window that fails or is left halfway can be asked for again, with other tiles.
+
+        Args:
+            tiling: How the picture is cut; its windows must be those of the decoder.
+
+        Yields:
+            None after each tile but the last, then the finished frames ``[1, 3, F, rows, columns]``.
+        """
+        plan = self.plan(tiling)
+        assert plan.windows == self.windows
+        start, stop = self.windows[self.finished]
+        whole = len(plan.rows) == 1 and len(plan.columns) == 1
+        overlap = 0 if whole else (tiling.tile - tiling.stride) * self._compression
+        picture = _Picture(plan, self._compression, self._tail)
+        above: list[FloatArray] = []
+        for row, (top, bottom) in enumerate(plan.rows):
+            strips = []
+            left: FloatArray | None = None
+            for column, (near, far) in enumerate(plan.columns):
+                if row or column:
+                    yield None
+                tile = self._decode(self._latents[:, :, start:stop, top:bottom, near:far])
+                if row > 0:
+                    _blend(above[column], tile, _ROWS, overlap)
+                if left is not None:
+                    _blend(left, tile, _COLUMNS, overlap)
+                strips.append(_last(tile, _ROWS, overlap))
+                left = _last(tile, _COLUMNS, overlap)
+                kept = None if whole else tiling.stride * self._compression
+                picture.put(tile[..., :kept, :kept], top, near, self._overlap, self._frames_kept)
+                del tile
+            above = strips
+        self.finished += 1
+        assert picture.frames is not None
+        frames, self._tail = picture.frames, picture.tail if self.finished < len(self.windows) else None
+        del picture
+        yield frames
+
+    @property
+    def _frames_kept(self) -> int | None:
+        """How many frames of the next window are final; the others are in the window after it."""
+        if len(self.windows) == 1:
+            return None
+        return self._kept + (1 if self.finished == 0 else 0)
+
+
+class _Picture:
+    """The final frames of one window, and those that fade into the next, as they are put together from tiles."""
+
+    def __init__(self, plan: TilePlan, compression: int, before: FloatArray | None) -> None:
+        self._size = (plan.rows[-1][1] * compression, plan.columns[-1][1] * compression)
+        self._compression = compression
+        self._before = before
+        self.frames: FloatArray | None = None
+        self.tail: FloatArray | None = None
+
+    def put(self, tile: FloatArray, top: int, near: int, overlap: int, kept: int | None) -> None:
+        """Put a tile, which lies at ``top`` and ``near`` in latents, where it belongs."""
+        y, x = top * self._compression, near * self._compression
+        place = (..., slice(y, y + tile.shape[_ROWS]), slice(x, x + tile.shape[_COLUMNS]))
+        if self._before is not None:
+            tile = tile[:, :, 1:]  # a window's first frame has no past to be decoded from; the tile before has it
+            _blend(self._before[place], tile, _FRAMES, overlap)
+        final = tile[:, :, :kept]
+        fading = tile[:, :, max(tile.shape[_FRAMES] - overlap, 0) :]
+        if self.frames is None or self.tail is None:
+            self.frames = np.empty((*final.shape[:3], *self._size), np.float32)
+            self.tail = np.empty((*fading.shape[:3], *(self._size if kept is not None else (0, 0))), np.float32)
+        self.frames[place] = final
+        if kept is not None:
+            self.tail[place] = fading
 
 
 def _spans(size: int, tiling: VaeTiling) -> tuple[tuple[int, int], ...]:
     return tuple((start, min(start + tiling.tile, size)) for start in range(0, size, tiling.stride))
-
-
-def _decode_window(
-    latents: FloatArray, decode: TileDecoder, plan: TilePlan, tiling: VaeTiling, compression: int
-) -> FloatArray:
-    """Decode one temporal window: tiles in raster order, each blended with the one above, then the one to its left.
-
-    The neighbours are the already blended and uncropped tiles. A finished tile is cropped into the picture at once; the
-    strip along its lower and right border is copied before that.
-    """
-    if len(plan.rows) == 1 and len(plan.columns) == 1:
-        return decode(latents)
-    overlap = (tiling.tile - tiling.stride) * compression
-    kept = tiling.stride * compression
-    picture: FloatArray | None = None
-    above: list[FloatArray] = []
-    for row, (top, bottom) in enumerate(plan.rows):
-        strips = []
-        left: FloatArray | None = None
-        for column, (near, far) in enumerate(plan.columns):
-            tile = decode(latents[..., top:bottom, near:far])
-            if row > 0:
-                _blend(above[column], tile, _ROWS, overlap)
-            if left is not None:
-                _blend(left, tile, _COLUMNS, overlap)
-            strips.append(_last(tile, _ROWS, overlap))
-            left = _last(tile, _COLUMNS, overlap)
-            if picture is None:
-                size = (plan.rows[-1][1] * compression, plan.columns[-1][1] * compression)
-                picture = np.empty((*tile.shape[:3], *size), np.float32)
-            y, x = top * compression, near * compression
-            picture[..., y : y + kept, x : x + kept] = tile[..., :kept, :kept]
-        above = strips
-    assert picture is not None
-    return picture
 
 
 def _last(tile: FloatArray, axis: int, count: int) -> FloatArray:

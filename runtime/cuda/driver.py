@@ -11,7 +11,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
-from reelforge.runtime.errors import EngineError
+from reelforge.runtime.errors import EngineError, OutOfMemoryError
 
 _NO_GPU = {35, 100}  # cudaErrorInsufficientDriver, cudaErrorNoDevice
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
@@ -110,13 +110,13 @@ class Cuda:
         """Allocate device memory and return its address, a multiple of 256.
 
         Raises:
-            EngineError: If there is not enough, saying how much is free.
+            OutOfMemoryError: If there is not enough, saying how much is free.
         """
         code, address = self._bindings.cudaMalloc(size_bytes)
         if int(code) == _OUT_OF_MEMORY:
             self._bindings.cudaGetLastError()  # or the next call of a library would report it as its own
             free, total = self.memory()
-            raise EngineError(
+            raise OutOfMemoryError(
                 f"GPU {self._ordinal} ({self.device.name}) has too little memory for {purpose}.",
                 received=f"{free} of {total} bytes free",
                 expected=f"{size_bytes} bytes",
@@ -230,7 +230,8 @@ class Cuda:
             return
         self._bindings.cudaGetLastError()
         self._corrupted = self._corrupted or int(code) in _CORRUPTED
-        raise EngineError(
+        kind = OutOfMemoryError if int(code) == _OUT_OF_MEMORY else EngineError
+        raise kind(
             f"GPU {self._ordinal} cannot {doing}.",
             received=f"{name}: {_words(self._bindings, code)}",
             fix="restart the program: CUDA does not recover from this in a running process" if self._corrupted else "",

@@ -20,7 +20,8 @@ from reelforge.runtime.engines.engine import (
     thread_count,
 )
 from reelforge.runtime.engines.onnxruntime_providers import CPU, Provider, require_active, require_available
-from reelforge.runtime.errors import EngineError
+from reelforge.runtime.errors import EngineError, OutOfMemoryError
+from reelforge.runtime.host_memory import return_freed
 from reelforge.runtime.manifest import StageEntry, TensorInfo
 
 _LEVELS = {
@@ -36,6 +37,7 @@ _TYPES = {
     "int32": "tensor(int32)",
     "bool": "tensor(bool)",
 }
+_OUT_OF_MEMORY = ("bad_alloc", "bad allocation", "failed to allocate memory", "out of memory", "available memory of")
 _SILENT = 4  # only fatal errors: everything else arrives as an exception, whose text the user gets once
 
 
@@ -71,17 +73,22 @@ class OnnxRuntimeEngine:
         try:
             self._session.run_with_iobinding(binding, run_options)
         except _exceptions(self._runtime) as error:
+            received = ", ".join(f"{name} {list(array.shape)}" for name, array in inputs.items())
+            if _is_about_memory(error):
+                raise OutOfMemoryError(
+                    f"stage {self.name!r} ran out of memory in ONNX Runtime.", received=received, fix=_first_line(error)
+                ) from error
             raise EngineError(
-                f"stage {self.name!r} failed in ONNX Runtime.",
-                received=", ".join(f"{name} {list(array.shape)}" for name, array in inputs.items()),
-                fix=_first_line(error),
+                f"stage {self.name!r} failed in ONNX Runtime.", received=received, fix=_first_line(error)
             ) from error
         values = dict(zip(targets, binding.get_outputs(), strict=True))
         return {name: values[name].numpy() if target is None else target for name, target in targets.items()}
 
     def close(self) -> None:
         """Release the session and its weights."""
-        self._session = None
+        if self._session is not None:
+            self._session = None
+            return_freed()
 
 
 def engine_from_onnx(
@@ -96,6 +103,7 @@ def engine_from_onnx(
         provider: What computes.
 
     Raises:
+        OutOfMemoryError: If there is too little memory.
         EngineError: If onnxruntime or the provider is not there, refuses the graph, or its tensors are not the
             entry's.
     """
@@ -143,12 +151,21 @@ def _load(
     settings.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
     settings.graph_optimization_level = getattr(runtime.GraphOptimizationLevel, _LEVELS[options.graph_optimization])
     settings.log_severity_level = _SILENT
+    # The arena doubles whenever it grows and gives nothing back while the session lives. Without it a decoder's peak is
+    # half, an idle session holds its weights alone, and the steps take as long (benchmarks/runtime.md).
+    settings.enable_cpu_mem_arena = False
     settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spinning else "0")
     for key, value in session_settings.items():
         settings.add_session_config_entry(key, value)
     try:
         session = runtime.InferenceSession(source, settings, providers=providers)
     except _exceptions(runtime) as error:
+        if _is_about_memory(error):
+            raise OutOfMemoryError(
+                f"there is too little memory to load {what}.",
+                received=_first_line(error),
+                fix="end other programs, or build with a lower precision",
+            ) from error
         raise EngineError(
             f"ONNX Runtime refuses {what}.",
             received=_first_line(error),
@@ -193,7 +210,14 @@ def _exceptions(runtime: ModuleType) -> tuple[type[Exception], ...]:
     """Return what onnxruntime raises: its own classes, which have no common base, and pybind's translations."""
     state = runtime.capi.onnxruntime_pybind11_state
     own = (getattr(state, name) for name in dir(state))
-    return (*(kind for kind in own if isinstance(kind, type) and issubclass(kind, Exception)), RuntimeError, ValueError)
+    kinds = (kind for kind in own if isinstance(kind, type) and issubclass(kind, Exception))
+    return (*kinds, RuntimeError, ValueError, MemoryError)
+
+
+def _is_about_memory(error: Exception) -> bool:
+    """Whether an exception says that memory could not be had: C++'s own, an allocator's words, or CUDA's."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY)
 
 
 def _first_line(error: Exception) -> str:

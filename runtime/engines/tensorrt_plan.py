@@ -15,7 +15,7 @@ from reelforge.runtime.cuda.memory import DeviceBuffer
 from reelforge.runtime.engines.device_session import DeviceSession
 from reelforge.runtime.engines.kernel_cache import KernelCache
 from reelforge.runtime.engines.tensorrt_library import DATA_TYPES, MODULES, CudaEngine, ExecutionContext
-from reelforge.runtime.errors import EngineError
+from reelforge.runtime.errors import EngineError, OutOfMemoryError
 from reelforge.runtime.manifest import PlanEntry, ProfileEntry, StageEntry
 from reelforge.runtime.plan_file import check_header
 
@@ -251,8 +251,9 @@ def load_plan(
         kernels: What was compiled for this GPU before; None compiles it again.
 
     Raises:
-        EngineError: If library and plan are of different versions, the weights do not fit into the free memory, the
-            library refuses the plan, or its tensors are not the manifest's.
+        OutOfMemoryError: If the weights do not fit into the free memory.
+        EngineError: If library and plan are of different versions, the library refuses the plan, or its tensors are not
+            the manifest's.
         BundleError: If the file is no plan of that backend and those architectures.
     """
     library = session.library
@@ -267,7 +268,7 @@ def load_plan(
     check_header(path, backend=library.backend, version=library.version, architecture=session.cuda.device.architecture)
     free, total = session.cuda.memory()
     if plan.weight_bytes > free:
-        raise EngineError(
+        raise OutOfMemoryError(
             f"the weights of {path.name!r} do not fit into the memory of GPU {session.cuda.device.ordinal}.",
             received=f"{free} of {total} bytes free",
             expected=f"{plan.weight_bytes} bytes",
