@@ -3,7 +3,8 @@
 For backends without a kernel that visits lists: the result is the same, nothing is saved, and the S x S mask limits it
 to short sequences. A list becomes a row of a block mask through prefix sums: key block k is listed between two places
 of ``block_index`` if its count has grown between them. All attentions of a graph read the same lists, so the pass that
-removes equal subexpressions leaves one mask. The module does not know where lists come from.
+removes equal subexpressions leaves one mask, which each cuts to its length. The module does not know where lists come
+from.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from reelforge.export.engines.requirements import takes
-from reelforge.export.target_rules import BASE_RULES, check_bases, default_base
+from reelforge.export.target_rules import BASE_RULES, check_bases, check_sparse_attention, default_base
 from reelforge.runtime.architectures import ARCHITECTURES
 from reelforge.runtime.errors import RequestError
-from reelforge.runtime.recipe import Backend, Precision, Recipe, Target
+from reelforge.runtime.recipe import Backend, Precision, Recipe, SparseAttention, SparseKind, Target
 
 FP32, BF16, FP16, INT8, FP8 = (Precision(word) for word in ("fp32", "bf16", "fp16", "int8", "fp8"))
 
@@ -67,3 +67,33 @@ def test_refusals(target: str, recipe: Recipe, message: str, fix: str) -> None:
         check_bases(recipe, Target.parse(target))
     assert message in str(caught.value)
     assert fix in str(caught.value)
+
+
+def sparse(kind: SparseKind = SparseKind.LISTS, query_block: int = 128, key_block: int = 64, batch: int = 1) -> Recipe:
+    return Recipe({"dit": FP32}, batch=batch, sparse_attention=SparseAttention(kind, query_block, key_block))
+
+
+def test_sparse_attention_that_is_allowed() -> None:
+    check_sparse_attention(Recipe({"dit": FP32}), Target.parse("rtx:sm89"))
+    for kind in SparseKind:
+        check_sparse_attention(sparse(kind), Target.parse("cpu"))
+        check_sparse_attention(sparse(kind, 4, 4), Target.parse("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("target", "recipe", "message", "fix"),
+    [
+        ("rtx:sm89", sparse(), "takes no plugins, and its own attention visits every key", "leave --sparse-attention"),
+        ("cuda", sparse(SparseKind.TOP_K), "its mask would be as large", "leave --sparse-attention out"),
+        ("cpu", sparse(batch=2), "serves one video per call", "leave --batch or --sparse-attention out"),
+        ("cpu", sparse(query_block=100), "do not fit each other", "leave --attention-blocks out"),
+        ("cpu", sparse(query_block=0), "do not fit each other", "leave --attention-blocks out"),
+        ("cpu", sparse(key_block=0), "do not fit each other", "leave --attention-blocks out"),
+    ],
+)
+def test_sparse_attention_that_is_refused(target: str, recipe: Recipe, message: str, fix: str) -> None:
+    with pytest.raises(RequestError, match=message) as caught:
+        check_sparse_attention(recipe, Target.parse(target))
+    assert fix in caught.value.fix
+    assert caught.value.received
+    assert caught.value.expected
