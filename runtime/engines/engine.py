@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -140,15 +141,22 @@ def check_tensor(stage: str, info: TensorInfo, array: Array) -> None:
     Raises:
         EngineError: If one of them differs.
     """
-    expected = f"{info.dtype} [{', '.join(str(size) for size in info.shape)}]"
-    received = f"{array.dtype} {list(array.shape)}"
-    fits = array.dtype == np.dtype(info.dtype) and array.ndim == len(info.shape)
-    if not fits or any(
-        isinstance(want, int) and want != size for want, size in zip(info.shape, array.shape, strict=True)
-    ):
-        raise EngineError(
-            f"tensor {info.name!r} of stage {stage!r} has another type or shape.", received=received, expected=expected
-        )
+    sizes = array.shape
+    same_kind = array.dtype == _dtype(info.dtype) and len(sizes) == len(info.shape)
+    if same_kind and all(want == size or isinstance(want, str) for want, size in zip(info.shape, sizes, strict=True)):
+        return
+    # The message is only put together when it is needed: this runs for every tensor of every step.
+    raise EngineError(
+        f"tensor {info.name!r} of stage {stage!r} has another type or shape.",
+        received=f"{array.dtype} {list(sizes)}",
+        expected=f"{info.dtype} [{', '.join(str(size) for size in info.shape)}]",
+    )
+
+
+@cache
+def _dtype(name: str) -> np.dtype[Any]:
+    """Return a type by its name, which numpy would parse anew each time."""
+    return np.dtype(name)
 
 
 def output_targets(
@@ -177,7 +185,7 @@ def output_targets(
         info = infos[name]
         shape = known_shape(info, sizes)
         if target is None:
-            targets[name] = None if shape is None else np.empty(shape, np.dtype(info.dtype))
+            targets[name] = None if shape is None else np.empty(shape, _dtype(info.dtype))
             continue
         check_tensor(stage, info, target)
         if shape is not None and target.shape != shape:
