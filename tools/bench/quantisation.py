@@ -7,14 +7,11 @@ says at which commit it was measured. What a section measures is in a module of 
 
 from __future__ import annotations
 
-import datetime
-import json
 import shutil
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -29,6 +26,7 @@ from reelforge.tools.bench import (
     quantisation_methods,
     quantise_weights,
     report,
+    sections,
 )
 from reelforge.tools.bench.quantisation_workbench import CHANGED_STAGES, Variant, Workbench
 from reelforge.tools.synthesize import synthesize
@@ -45,25 +43,6 @@ STEP_STAGES = ("refiner", *CHANGED_STAGES)
 STEP_PROMPTS = 2
 STEP_STEPS = 2  # sampling steps that the scales of timed bundles are calibrated on
 TIMING_ROUNDS = 7
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """One measured section.
-
-    Attributes:
-        lines: Markdown below the section's title.
-        commit: At which it was measured.
-        date: When.
-        minutes: How long it took.
-        settings: Counts and repeats, in words.
-    """
-
-    lines: list[str]
-    commit: str
-    date: str
-    minutes: float
-    settings: str
 
 
 @dataclass(frozen=True)
@@ -171,41 +150,6 @@ def _met(speed: float) -> str:
     return "met" if speed >= GOAL_SPEED else "**missed**"
 
 
-def _document(fragments: Mapping[str, Fragment]) -> list[str]:
-    """Return the whole file; a section that was never measured says so."""
-    lines = [
-        "# Quantisation",
-        "",
-        *report.environment("python -m reelforge.tools.bench.quantisation -o benchmarks/quantisation.md", PACKAGES),
-        "",
-        "Numbers of *seconds* and *ms* are of an otherwise idle machine. A goal that is missed is marked as such.",
-    ]
-    for name, title in TITLES.items():
-        lines += ["", f"## {title}", ""]
-        if name not in fragments:
-            lines.append(f"Not measured yet: `--only {name}`.")
-            continue
-        fragment = fragments[name]
-        about = f"commit {fragment.commit}, {fragment.date}, {fragment.settings}, {fragment.minutes:.0f} minutes"
-        lines += [f"*Measured at {about}.*", "", *fragment.lines]
-    return lines
-
-
-def _read(folder: Path) -> dict[str, Fragment]:
-    paths = {name: folder / f"{name}.json" for name in TITLES}
-    return {
-        name: Fragment(**json.loads(path.read_text(encoding="utf-8"))) for name, path in paths.items() if path.exists()
-    }
-
-
-def _sections_of(_context: click.Context, _parameter: click.Parameter, text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(","))
-    unknown = [name for name in names if name not in TITLES]
-    if unknown:
-        raise click.BadParameter(f"no section is called {', '.join(unknown)}; there are {', '.join(TITLES)}")
-    return names
-
-
 @click.command()
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Markdown file.")
 @click.option(
@@ -216,7 +160,11 @@ def _sections_of(_context: click.Context, _parameter: click.Parameter, text: str
     help="Folder for fragments of sections, and while running for bundles (20 GB free for the weights).",
 )
 @click.option(
-    "--only", default=",".join(TITLES), show_default=True, callback=_sections_of, help="Sections to measure again."
+    "--only",
+    default=",".join(TITLES),
+    show_default=True,
+    callback=sections.chosen(TITLES),
+    help="Sections to measure again.",
 )
 @click.option(
     "--checkpoint", default="demo/checkpoint", show_default=True, type=click.Path(path_type=Path, exists=True)
@@ -250,22 +198,27 @@ def main(
         checkpoint, peers_python, repeats, calibration, evaluation, recipe_prompts, None if large == "none" else large
     )
     with tempfile.TemporaryDirectory(dir=work) as scratch:
-        sections = Sections(settings, Path(scratch))
+        contents = Sections(settings, Path(scratch))
         measures: dict[str, Callable[[], list[str]]] = {
-            "methods": sections.methods,
-            "peers": sections.peers,
-            "weights": sections.weights,
-            "steps": sections.steps,
+            "methods": contents.methods,
+            "peers": contents.peers,
+            "weights": contents.weights,
+            "steps": contents.steps,
         }
         for name in [name for name in TITLES if name in only]:
-            started, commit = time.monotonic(), report.commit()
-            lines = measures[name]()
-            minutes = (time.monotonic() - started) / 60
-            today = datetime.datetime.now(datetime.UTC).date().isoformat()
-            fragment = Fragment(lines, commit, today, minutes, settings.describe())
-            (work / f"{name}.json").write_text(json.dumps(asdict(fragment), indent=1), encoding="utf-8")
-            report.write(output, _document(_read(work)))
-            click.echo(f"{name}: {minutes:.1f} minutes; wrote {output}")
+            fragment = sections.measure(name, measures[name], settings.describe(), work)
+            report.write(output, sections.document(_head(), TITLES, sections.read(work, TITLES)))
+            click.echo(f"{name}: {fragment.minutes:.1f} minutes; wrote {output}")
+
+
+def _head() -> list[str]:
+    return [
+        "# Quantisation",
+        "",
+        *report.environment("python -m reelforge.tools.bench.quantisation -o benchmarks/quantisation.md", PACKAGES),
+        "",
+        "Numbers of *seconds* and *ms* are of an otherwise idle machine. A goal that is missed is marked as such.",
+    ]
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from reelforge.runtime.bundle.open import Bundle, Check
 from reelforge.runtime.pipeline import Pipeline
 from reelforge.runtime.quality import QualityReport
 from reelforge.runtime.recipe import Precision, VideoShape
-from reelforge.tools.bench import our_quantiser, quantisation
+from reelforge.tools.bench import our_quantiser, quantisation, sections
 from reelforge.tools.bench import quantisation_against_peers as against
 from reelforge.tools.bench import quantisation_methods as methods
 from reelforge.tools.bench.memory import run_sampled
@@ -34,7 +34,7 @@ def test_only_some_sections_are_measured_again(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(quantisation.Sections, "weights", lambda _self: ["measured now"])
     work, output = tmp_path / "work", tmp_path / "out.md"
     work.mkdir()
-    old = quantisation.Fragment(["measured before"], "0123456789ab", "2026-01-01", 3.2, "3 repeats")
+    old = sections.Fragment(["measured before"], "0123456789ab", "2026-01-01", 3.2, "3 repeats")
     (work / "methods.json").write_text(json.dumps(asdict(old)), encoding="utf-8")
     options = ["-o", str(output), "--work", str(work), "--checkpoint", str(tmp_path)]
     result = CliRunner().invoke(quantisation.main, [*options, "--only", "weights"], catch_exceptions=False)

@@ -1,0 +1,82 @@
+"""Benchmark files in sections that can be measured apart: each is kept as a fragment and says when it was measured.
+
+The module knows no benchmark.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+
+from reelforge.tools.bench import report
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """One measured section.
+
+    Attributes:
+        lines: Markdown below the section's title.
+        commit: At which it was measured.
+        date: When.
+        minutes: How long it took.
+        settings: Counts and repeats, in words.
+    """
+
+    lines: list[str]
+    commit: str
+    date: str
+    minutes: float
+    settings: str
+
+
+def chosen(titles: Collection[str]) -> Callable[[click.Context, click.Parameter, str], tuple[str, ...]]:
+    """Return the callback of an option that names sections, separated by commas."""
+
+    def callback(_context: click.Context, _parameter: click.Parameter, text: str) -> tuple[str, ...]:
+        names = tuple(name.strip() for name in text.split(","))
+        unknown = [name for name in names if name not in titles]
+        if unknown:
+            raise click.BadParameter(f"no section is called {', '.join(unknown)}; there are {', '.join(titles)}")
+        return names
+
+    return callback
+
+
+def measure(name: str, section: Callable[[], list[str]], settings: str, work: Path) -> Fragment:
+    """Measure one section and keep its fragment in ``work``."""
+    started, commit = time.monotonic(), report.commit()
+    lines = section()
+    minutes = (time.monotonic() - started) / 60
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    fragment = Fragment(lines, commit, today, minutes, settings)
+    (work / f"{name}.json").write_text(json.dumps(asdict(fragment), indent=1), encoding="utf-8")
+    return fragment
+
+
+def read(folder: Path, titles: Collection[str]) -> dict[str, Fragment]:
+    """Return the fragments that ``folder`` has of the sections ``titles``."""
+    paths = {name: folder / f"{name}.json" for name in titles}
+    return {
+        name: Fragment(**json.loads(path.read_text(encoding="utf-8"))) for name, path in paths.items() if path.exists()
+    }
+
+
+def document(head: Sequence[str], titles: Mapping[str, str], fragments: Mapping[str, Fragment]) -> list[str]:
+    """Return the whole file; a section that was never measured says so."""
+    lines = list(head)
+    for name, title in titles.items():
+        lines += ["", f"## {title}", ""]
+        if name not in fragments:
+            lines.append(f"Not measured yet: `--only {name}`.")
+            continue
+        fragment = fragments[name]
+        about = f"commit {fragment.commit}, {fragment.date}, {fragment.settings}, {fragment.minutes:.0f} minutes"
+        lines += [f"*Measured at {about}.*", "", *fragment.lines]
+    return lines
