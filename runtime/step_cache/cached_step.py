@@ -1,0 +1,79 @@
+"""A step function that skips evaluations of the one that it wraps.
+
+The module knows the registers of step functions and the stage ``step_reuse``; which steps are skipped is a criterion's
+matter, and what an evaluation is that of the wrapped function.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from reelforge.runtime.engines.engine import Array, Engine
+from reelforge.runtime.registers import Registers
+from reelforge.runtime.step_cache.criteria import Criterion
+from reelforge.runtime.step_cache.settings import LEAST_WARMUP, Reuse
+from reelforge.runtime.step_program import StepFunction
+
+_REUSE_INPUTS = ("latents", "computed_latents", "velocity", "earlier_velocity", "residual_weight", "trend_weight")
+
+
+class CachedStep:
+    """Evaluates the model, or makes a step of what it said before (a :class:`StepFunction`).
+
+    Args:
+        evaluate: The step function to wrap.
+        criterion: Decides between warm-up and last step.
+        reuse: The stage ``step_reuse``.
+        sigma_steps: ``[n]`` float32, ``sigma_{i+1} - sigma_i`` of all steps.
+        warmup: How many first steps are always evaluated; two are in any case.
+        how: What stands for a skipped step's velocity.
+    """
+
+    def __init__(
+        self,
+        evaluate: StepFunction,
+        criterion: Criterion,
+        reuse: Engine,
+        sigma_steps: Array,
+        warmup: int = LEAST_WARMUP,
+        how: Reuse = Reuse.RESIDUAL,
+    ) -> None:
+        self._evaluate = evaluate
+        self._criterion = criterion
+        self._reuse = reuse
+        self._sigma_steps = np.asarray(sigma_steps, np.float32)
+        self._sigmas = np.concatenate([[0.0], np.cumsum(self._sigma_steps, dtype=np.float64)])  # from the first step's
+        self._warmup = max(warmup, LEAST_WARMUP)
+        self._how = how
+        self._computed = self._earlier = 0  # the last two evaluated steps
+
+    def __call__(self, registers: Registers, step: int) -> bool:
+        """Make ``next_latents`` (see :class:`StepFunction`)."""
+        between = self._warmup <= step < len(self._sigma_steps) - 1
+        if between and self._criterion.skips(registers, step):
+            self._step_from_cache(registers, step)
+            evaluated = False
+        else:
+            self._criterion.computed()
+            if step:
+                registers.let("earlier_latents", "computed_latents")
+                registers.let("earlier_velocity", "velocity")
+            self._evaluate(registers, step)
+            registers.let("computed_latents", "latents")
+            self._earlier, self._computed = self._computed, step
+            evaluated = True
+        registers.let("previous_latents", "latents")
+        return evaluated
+
+    def _step_from_cache(self, registers: Registers, step: int) -> None:
+        residual, trend = 0.0, 0.0
+        if self._how is Reuse.RESIDUAL:
+            residual = 1.0
+        elif self._how is Reuse.EXTRAPOLATE:
+            since, before = self._sigmas[step] - self._sigmas[self._computed], self._sigmas[self._earlier]
+            trend = float(since / (self._sigmas[self._computed] - before))
+        registers.write("residual_weight", np.array(residual, np.float32))
+        registers.write("trend_weight", np.array(trend, np.float32))
+        registers.write("sigma_step", self._sigma_steps[step, ...])
+        inputs = {name: name for name in (*_REUSE_INPUTS, "sigma_step")}
+        registers.call(self._reuse, inputs, {"next_latents": "next_latents"})

@@ -1,0 +1,171 @@
+"""What a request says about step caching, as data, and how the command line writes it.
+
+``easycache:0.025``, ``easycache:0.1,reuse=extrapolate,warmup=2``, ``magcache:0.12,ratios=model.json,max-skips=4``. The
+module knows the settings' names and ranges; it knows no engines.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from reelforge.runtime.errors import RequestError
+from reelforge.runtime.step_cache.ratios import MagnitudeRatios
+
+REUSE_STAGE, CHANGE_STAGE = "step_reuse", "step_change"
+
+Word = TypeVar("Word", bound=enum.Enum)
+
+
+class Method(enum.Enum):
+    """What decides that a step is skipped."""
+
+    EASYCACHE = "easycache"
+    MAGCACHE = "magcache"
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that a bundle must have for it, besides ``dit``."""
+        return (CHANGE_STAGE, REUSE_STAGE) if self is Method.EASYCACHE else (REUSE_STAGE,)
+
+
+class Reuse(enum.Enum):
+    """What a skipped step takes for its velocity; ``x`` are latents, ``v`` velocities, ``c`` the last computed step."""
+
+    RESIDUAL = "residual"  # v_c + (x - x_c): both papers
+    VELOCITY = "velocity"  # v_c
+    EXTRAPOLATE = "extrapolate"  # the line in sigma through the last two computed velocities
+
+
+_WARMUP_SHARE = {Method.EASYCACHE: 0.1, Method.MAGCACHE: 0.2}
+_MAX_SKIPS = {Method.EASYCACHE: None, Method.MAGCACHE: 4}
+LEAST_WARMUP = 2
+"""The change of the velocity is known after two evaluations."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong with a setting."""
+
+    received: str
+    expected: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class StepCache:
+    """Which steps may reuse what earlier steps computed. The last step is always computed.
+
+    Args:
+        method: What decides.
+        threshold: Estimated error, accumulated since the last computed step, at which a step is computed again: of
+            EasyCache relative to the velocity, of MagCache of the residual's magnitude. 0 computes every step.
+        warmup: How many first steps are always computed, at least 2. None means the papers' share, a tenth of the
+            steps for EasyCache (5 of 50 there) and a fifth for MagCache.
+        reuse: What stands for a skipped step's velocity.
+        max_skips: Longest run of skipped steps. None means the paper's 4 for MagCache, and no limit for EasyCache.
+        ratios: The checkpoint's magnitude ratios, for MagCache.
+    """
+
+    method: Method
+    threshold: float
+    warmup: int | None = None
+    reuse: Reuse = Reuse.RESIDUAL
+    max_skips: int | None = None
+    ratios: MagnitudeRatios | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> StepCache:
+        """Read ``METHOD:THRESHOLD[,NAME=VALUE...]``; a file of ratios is read at once.
+
+        Raises:
+            RequestError: If the text has another form, or the file cannot be read.
+        """
+        head, *options = text.split(",")
+        word, _, number = head.partition(":")
+        method = _word(Method, word.strip(), text)
+        settings = dict(_option(option, text) for option in options)
+        if len(settings) != len(options):
+            raise _unreadable(text, "each setting once")
+        ratios = settings.get("ratios")
+        return cls(
+            method,
+            _number(number, text),
+            _whole("warmup", settings, text),
+            _word(Reuse, settings.get("reuse", Reuse.RESIDUAL.value), text),
+            _whole("max-skips", settings, text),
+            None if ratios is None else MagnitudeRatios.read(Path(ratios)),
+        )
+
+    def first_steps(self, steps: int) -> int:
+        """Return how many first steps are always computed."""
+        share = math.ceil(_WARMUP_SHARE[self.method] * steps)
+        return max(LEAST_WARMUP, share if self.warmup is None else self.warmup)
+
+    def longest_run(self) -> int | None:
+        """Return how many steps may be skipped one after the other; None means any number."""
+        return _MAX_SKIPS[self.method] if self.max_skips is None else self.max_skips
+
+    def problems(self) -> list[Problem]:
+        """Return what is wrong with the settings."""
+        found = []
+        if type(self.threshold) not in (int, float) or not math.isfinite(self.threshold) or self.threshold < 0:
+            found.append(_problem("threshold", self.threshold, "a finite number of at least 0", "0.025"))
+        if self.warmup is not None and (type(self.warmup) is not int or self.warmup < LEAST_WARMUP):
+            found.append(_problem("warmup", self.warmup, f"a whole number of at least {LEAST_WARMUP}", LEAST_WARMUP))
+        if self.max_skips is not None and (type(self.max_skips) is not int or self.max_skips < 1):
+            found.append(_problem("max_skips", self.max_skips, "a whole number of at least 1", 4))
+        if self.method is Method.MAGCACHE and self.ratios is None:
+            fix = "write ratios=FILE with a file from reelforge measure-ratios"
+            found.append(Problem("magcache without ratios", "magcache with the ratios of the checkpoint", fix))
+        if self.method is not Method.MAGCACHE and self.ratios is not None:
+            found.append(Problem(f"ratios with {self.method.value}", "ratios with magcache only", "leave ratios out"))
+        if self.ratios is not None and (wrong := self.ratios.problem()):
+            found.append(Problem(f"ratios: {wrong}", "ratios from reelforge measure-ratios", "measure them again"))
+        return found
+
+
+def _problem(name: str, value: object, expected: str, example: object) -> Problem:
+    return Problem(f"{name}={value!r}", f"{name} {expected}", f"use for example {name}={example}")
+
+
+def _option(option: str, text: str) -> tuple[str, str]:
+    name, separator, value = (part.strip() for part in option.partition("="))
+    if not separator or name not in ("warmup", "reuse", "max-skips", "ratios"):
+        raise _unreadable(text, "settings among warmup=, reuse=, max-skips=, ratios=")
+    return name, value
+
+
+def _word(words: type[Word], text: str, whole: str) -> Word:
+    try:
+        return words(text)
+    except ValueError:
+        raise _unreadable(whole, " or ".join(str(word.value) for word in words)) from None
+
+
+def _number(text: str, whole: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise _unreadable(whole, "a threshold after the method's name and a colon") from None
+
+
+def _whole(name: str, settings: dict[str, str], text: str) -> int | None:
+    if name not in settings:
+        return None
+    try:
+        return int(settings[name])
+    except ValueError:
+        raise _unreadable(text, f"{name}= with a whole number") from None
+
+
+def _unreadable(text: str, expected: str) -> RequestError:
+    return RequestError(
+        f"the step cache {text!r} cannot be read.",
+        received=text,
+        expected=expected,
+        fix="write for example easycache:0.025, or magcache:0.12,ratios=model.json",
+    )
