@@ -50,7 +50,7 @@ def resolve_stages(
     """
     shapes = {stage.name: stage.parameter_shapes() for stage in stages}
     explained = key_map.explained(spec)
-    resolved: dict[str, dict[str, Resolved]] = {}
+    resolved: dict[str, dict[str, Resolved]] = {name: {} for name, wanted in shapes.items() if not wanted}
     for component, tables in key_map.sources(spec).items():
         wanted = {name: shapes[name] for name in tables}
         resolved.update(match_component(checkpoint.component(component), tables, wanted, explained.get(component, ())))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from reelforge.runtime.attention.table import DENSE, AttentionTable
@@ -28,6 +28,11 @@ MAX_STEPS = 1_000_000
 MAX_SCALE = 1e6
 """Of guidance and shift: far above any use, far below where float32 overflows."""
 
+NO_GUIDANCE = 1.0
+"""The ``cfg_scale`` with which a negative prompt has no effect."""
+
+GUIDANCE_STAGE = "guidance"
+
 _SIZES = ("height", "width", "frames")
 
 
@@ -43,6 +48,9 @@ class Request:
         steps: Sampling steps.
         seed: Seed of the initial noise (see ``runtime.noise``).
         guidance: Embedded guidance scale; only for models that take one.
+        cfg_scale: Classifier-free guidance with this scale: two evaluations of the model per step. 1 is off. For
+            checkpoints that are not guidance-distilled; see ``runtime.guidance``.
+        negative_prompt: What to keep away from; only with a ``cfg_scale`` above 1. None means an empty prompt.
         shift: Shift of the flow-matching schedule.
         attention: What the attention of ``dit`` leaves out; only for bundles built for that.
     """
@@ -56,11 +64,16 @@ class Request:
     guidance: float | None = None
     shift: float | None = None
     attention: AttentionTable | None = None
+    cfg_scale: float | None = None
+    negative_prompt: str | None = None
 
 
 @dataclass(frozen=True)
 class ResolvedRequest:
-    """A request that a bundle can serve: checked, with every default filled in."""
+    """A request that a bundle can serve: checked, with every default filled in.
+
+    ``negative_prompt`` is None where there is no classifier-free guidance.
+    """
 
     prompt: str
     shape: VideoShape
@@ -69,6 +82,8 @@ class ResolvedRequest:
     guidance: float
     shift: float
     attention: AttentionTable = DENSE
+    cfg_scale: float = NO_GUIDANCE
+    negative_prompt: str | None = None
 
 
 _SHOWN_BITS = 128
@@ -104,6 +119,8 @@ def resolve_request(request: Request, manifest: Manifest, bundle_name: str) -> R
     if request.guidance is not None and not manifest.spec.dit.guidance_embedding:
         said = f"guidance={_shown(guidance)}"
         problems.append(_Problem(said, "no guidance: this model takes none", "leave guidance out"))
+    negative, guidance_problems = _cfg(request, manifest)
+    problems += guidance_problems
     if manifest.target.backend.has_plans and not problems:
         problems += _plan_problems(VideoShape(**sizes), steps, manifest)
     if request.attention is not None and not problems:
@@ -117,7 +134,10 @@ def resolve_request(request: Request, manifest: Manifest, bundle_name: str) -> R
             fix="; ".join(problem.fix for problem in problems),
         )
     shape, attention = VideoShape(**sizes), request.attention or DENSE
-    return ResolvedRequest(prompt, shape, steps, request.seed, float(guidance), float(shift), attention)
+    cfg_scale = float(_default(request.cfg_scale, NO_GUIDANCE))
+    return ResolvedRequest(
+        prompt, shape, steps, request.seed, float(guidance), float(shift), attention, cfg_scale, negative
+    )
 
 
 def default_shape(manifest: Manifest) -> VideoShape:
@@ -131,6 +151,30 @@ def default_shape(manifest: Manifest) -> VideoShape:
 
 def _default(value: Number | None, default: Number) -> Number:
     return default if value is None else value
+
+
+def _cfg(request: Request, manifest: Manifest) -> tuple[str | None, list[_Problem]]:
+    """Return the negative prompt, None without classifier-free guidance, and what is wrong with either setting."""
+    scale = _default(request.cfg_scale, NO_GUIDANCE)
+    problems = _number_problems("cfg_scale", scale, NO_GUIDANCE)
+    said = f"cfg_scale={_shown(scale)}"
+    if not problems and scale < NO_GUIDANCE:
+        problems.append(_Problem(said, "cfg_scale of at least 1", "use cfg_scale=1, or leave it out"))
+    guided = not problems and scale != NO_GUIDANCE
+    if guided and manifest.stage(GUIDANCE_STAGE) is None:
+        expected = "no cfg_scale: the bundle has no stage 'guidance'"
+        problems.append(_Problem(said, expected, "leave it out, or rebuild the bundle"))
+    negative, said_wrong = _clean("" if request.negative_prompt is None else request.negative_prompt)
+    problems += [replace(one, received=f"negative_{one.received}") for one in said_wrong]
+    if request.negative_prompt is not None and scale == NO_GUIDANCE:
+        problems.append(
+            _Problem(
+                f"negative_prompt={_shown(request.negative_prompt)}",
+                "no negative_prompt without a cfg_scale above 1, since it would have no effect",
+                "use for example cfg_scale=6, or leave negative_prompt out",
+            )
+        )
+    return (negative if guided else None), problems
 
 
 def _clean(prompt: object) -> tuple[str, list[_Problem]]:

@@ -48,10 +48,14 @@ class TextEncoding:
 
 @dataclass(frozen=True)
 class Conditions:
-    """The inputs of ``dit`` besides the latents: ``fixed`` for all steps, ``per_step`` with the step as first axis."""
+    """The inputs of ``dit`` besides the latents: ``fixed`` for all steps, ``per_step`` with the step as first axis.
+
+    ``negative`` is what a second evaluation per step is told, with classifier-free guidance.
+    """
 
     fixed: dict[str, Array]
     per_step: dict[str, Array]
+    negative: Conditions | None = None
 
 
 class StageInputs:

@@ -66,6 +66,8 @@ def run_theirs(pipeline: HunyuanVideoPipeline, ours: Pipeline, request: Request,
         num_frames=request.frames,
         num_inference_steps=request.steps,
         guidance_scale=request.guidance,
+        true_cfg_scale=request.cfg_scale or 1.0,
+        negative_prompt=request.negative_prompt,
         latents=latents.clone(),
         prompt_template=template,
         output_type="np",
@@ -98,8 +100,10 @@ def require_pictures(frames: Frames) -> None:
         Request("", 32, 32, 5, steps=1, guidance=1.0, shift=1.0),  # no words, one step
         Request("\n Ein Käfer krabbelt über 猫 🐈\n", 32, 48, 29, steps=2, guidance=6.0, shift=7.0),  # temporal windows
         Request("many words " * 100, 16, 16, 5, steps=2, guidance=6.0, shift=7.0),  # truncated by both
+        Request(PROMPT, 32, 48, 5, 3, 0, 1.0, 7.0, cfg_scale=3.0, negative_prompt="out of focus, letters"),
+        Request(PROMPT, 32, 48, 5, 3, 0, 1.0, 7.0, cfg_scale=3.0, negative_prompt=""),
     ],
-    ids=["video", "image", "empty prompt", "windows", "long prompt"],
+    ids=["video", "image", "empty prompt", "windows", "long prompt", "negative prompt", "empty negative prompt"],
 )
 def test_frames_are_diffusers(theirs: HunyuanVideoPipeline, ours: Pipeline, request_: Request) -> None:
     latents = noise(ours, request_.height or 0, request_.width or 0, request_.frames or 0)

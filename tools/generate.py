@@ -16,6 +16,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from reelforge.runtime.attention.table import chosen_table
 from reelforge.runtime.bundle.open import Bundle, Check
 from reelforge.runtime.engines.engine import EngineOptions
 from reelforge.runtime.errors import OutputError, RequestError
@@ -25,6 +26,7 @@ from reelforge.runtime.pipeline import Pipeline
 from reelforge.runtime.request import Request
 from reelforge.runtime.video import VideoWriter
 from reelforge.tools import console
+from reelforge.tools.attention_options import attention_options
 
 _PHASES = ("text", "conditioning", "sampling", "decoding")
 
@@ -48,7 +50,15 @@ _PHASES = ("text", "conditioning", "sampling", "decoding")
     "--seed", type=int, default=0, show_default=True, help="Seed of the noise; the same seed, the same video."
 )
 @click.option("--guidance", type=float, help="Embedded guidance scale.  [default: the model's]")
+@click.option(
+    "--cfg-scale",
+    type=float,
+    help="Classifier-free guidance, for models that are not guidance-distilled: two evaluations per step.  "
+    "[default: 1, off]",
+)
+@click.option("--negative-prompt", help="What to keep away from, with --cfg-scale.  [default: '']")
 @click.option("--shift", type=float, help="Shift of the noise schedule.  [default: the model's]")
+@attention_options
 @click.option("--threads", type=click.IntRange(min=1), help="Threads per operator.  [default: one per core]")
 @click.option("--device", type=click.IntRange(min=0), default=0, help="Number of the GPU.  [default: 0]")
 @click.option(
@@ -80,7 +90,12 @@ def generate(
     steps: int | None,
     seed: int,
     guidance: float | None,
+    cfg_scale: float | None,
+    negative_prompt: str | None,
     shift: float | None,
+    attention: str | None,
+    attention_table: Path | None,
+    dense_steps: int | None,
     threads: int | None,
     device: int,
     provider: str | None,
@@ -99,8 +114,21 @@ def generate(
       reelforge generate my.bundle --prompt-file prompt.txt -o cat.webm --steps 30 --seed 7
       reelforge generate my.bundle -p "a red ball" --frames 1 -o ball.png
       reelforge generate my.bundle -p "a red ball" -o frames/%04d.png --json
+      reelforge generate sparse.bundle -p "a red ball" -o ball.mp4 --attention radial --dense-steps 5
     """  # noqa: D301 - \b is click's mark for text that it does not wrap
-    request = Request(_prompt(prompt, prompt_file), height, width, frames, steps, seed, guidance, shift)
+    request = Request(
+        _prompt(prompt, prompt_file),
+        height,
+        width,
+        frames,
+        steps,
+        seed,
+        guidance,
+        shift,
+        chosen_table(attention, attention_table, dense_steps),
+        cfg_scale=cfg_scale,
+        negative_prompt=negative_prompt,
+    )
     started = time.monotonic()
     with _bars(hidden=as_json) as bars:
         options = EngineOptions(threads=threads, device=device, provider=provider)
@@ -136,7 +164,10 @@ def generate(
             "steps": resolved.steps,
             "seed": resolved.seed,
             "guidance": resolved.guidance,
+            "cfg_scale": resolved.cfg_scale,
+            "negative_prompt": resolved.negative_prompt,
             "shift": resolved.shift,
+            "attention": resolved.attention.pattern.value,
             "latents": None if save_latents is None else str(save_latents),
             "seconds": round(seconds, 3),
             "notices": notices,

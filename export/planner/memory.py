@@ -85,7 +85,7 @@ class PhaseMemory:
 def eight_bit_share(layers: StageLayers) -> float:
     """Return the share of a stage's weights that is stored in 8 bits, by bytes."""
     quantised = sum(layer.bytes for layer in layers.layers.values() if layer.precision.quantised)
-    return quantised / layers.weight_bytes
+    return quantised / layers.weight_bytes if quantised else 0.0  # a stage may have no weights
 
 
 def build_cost(
@@ -115,7 +115,7 @@ def build_cost(
 
 def _equal_parts(stage: Stage, layers: StageLayers, parts: int) -> tuple[Stage, ...]:
     """Return at most ``parts`` parts whose largest is as small as a cut between blocks allows, to a few percent."""
-    limit = -(-layers.weight_bytes // parts)
+    limit = -(-layers.weight_bytes // parts) or 1
     while len(pieces := partition(stage, layers.sizes, limit)) > parts:
         limit += -(-limit // 50)
     return pieces

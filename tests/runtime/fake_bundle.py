@@ -36,6 +36,7 @@ WIDTH, TEXT_WIDTH, POOLED_WIDTH, SINUSOID = 8, 6, 4, 16
 DOUBLE, SINGLE, CHANNELS = 2, 3, 4
 VOCABULARY = 300
 STAGES = ("llm", "clip", "refiner", "modulation", "dit", "vae_decoder")
+GUIDED = (*STAGES, "guidance")
 
 SPEC = ModelSpec(
     family="fake",
@@ -216,6 +217,25 @@ def dit(batch: bool = False) -> Graph:
     return graph
 
 
+def guidance() -> Graph:
+    latents = ("batch", CHANNELS, "latent_frames", "latent_height", "latent_width")
+    graph = Graph(
+        "guidance",
+        [
+            *(_info(name, *latents) for name in ("latents", "velocity", "negative_velocity")),
+            _info("scale"),
+            _info("sigma_step"),
+        ],
+        [_info("guided_velocity", *latents), _info("next_latents", *latents)],
+    )
+    graph.add("Sub", ["velocity", "negative_velocity"], "difference")
+    graph.add("Mul", ["scale", "difference"], "scaled")
+    graph.add("Add", ["negative_velocity", "scaled"], "guided_velocity")
+    graph.add("Mul", ["sigma_step", "guided_velocity"], "update")
+    graph.add("Add", ["latents", "update"], "next_latents")
+    return graph
+
+
 def vae_decoder() -> Graph:
     graph = Graph(
         "vae_decoder",
@@ -256,7 +276,7 @@ def write_fake_bundle(
     """Write a bundle of the stages named, and return its manifest."""
     makers = {
         "llm": llm, "clip": clip, "refiner": refiner, "modulation": modulation, "dit": lambda: dit(batch > 1),
-        "vae_decoder": vae_decoder,
+        "guidance": guidance, "vae_decoder": vae_decoder,
     }  # fmt: skip
     with BundleWriter(destination) as writer:
         entries = tuple(makers[name]().finish(writer) for name in stages)

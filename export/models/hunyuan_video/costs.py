@@ -29,6 +29,7 @@ def hunyuan_video_work(spec: ModelSpec, workload: Workload) -> Mapping[str, Stag
         "refiner": StageWork(Phase.CONDITIONING, (_refiner(spec, workload),)),
         "modulation": StageWork(Phase.CONDITIONING, (_modulation(spec, workload),)),
         "dit": StageWork(Phase.LOOP, (_dit(spec, workload),)),
+        "guidance": StageWork(Phase.LOOP, (_guidance(spec, workload),)),
         "vae_decoder": StageWork(Phase.DECODE, tuple(_vae_calls(spec, workload))),
     }
 
@@ -75,6 +76,21 @@ def _modulation(spec: ModelSpec, workload: Workload) -> Call:
     vectors = steps * dit.width * (12 * dit.double_blocks + 3 * dit.single_blocks + 2)
     rows = (Rows("pooled_in.*", 1), Rows("guidance_in.*", 1), Rows("*", steps))
     return Call(1, rows, (), 2 * vectors, (Moment((Live(vectors),)),), {"steps": steps})
+
+
+def _guidance(spec: ModelSpec, workload: Workload) -> Call:
+    """Two velocities and the latents, for requests with a negative prompt; others never call it."""
+    channels, frames, height, width = spec.latent_shape(
+        workload.shape.height, workload.shape.width, workload.shape.frames
+    )
+    latents = workload.batch * channels * frames * height * width
+    dimensions = {
+        "batch": workload.batch,
+        "latent_frames": frames,
+        "latent_height": height,
+        "latent_width": width,
+    }
+    return Call(0, (), (), 5 * latents, (), dimensions)  # one kernel: nothing but its inputs and outputs
 
 
 def _dit(spec: ModelSpec, workload: Workload) -> Call:

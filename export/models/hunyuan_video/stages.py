@@ -24,6 +24,7 @@ from reelforge.export.models.hunyuan_video.dit import (
     SingleBlock,
 )
 from reelforge.export.models.hunyuan_video.dit_sparse import SparseDoubleBlock, SparseSingleBlock
+from reelforge.export.models.hunyuan_video.guidance import guidance_stage
 from reelforge.export.models.hunyuan_video.text_encoders import (
     ClipEmbedding,
     ClipLayer,
@@ -37,7 +38,7 @@ from reelforge.export.stage import COMPUTE, Part, Stage, Value
 from reelforge.runtime.recipe import SparseAttention, SparseKind
 from reelforge.runtime.spec import ModelSpec
 
-STAGE_NAMES = ("llm", "clip", "refiner", "modulation", "dit", "vae_decoder")
+STAGE_NAMES = ("llm", "clip", "refiner", "modulation", "dit", "guidance", "vae_decoder")
 # Largest absolute difference from an independent fp32 implementation at output scale 1-4. fp32: re-association of sums
 # only. fp16: 11-bit products through up to 60 residual blocks; measured on random weights, with a factor of two in
 # hand.
@@ -53,7 +54,8 @@ def hunyuan_video_stages(spec: ModelSpec, batch: int = 1, sparse: SparseAttentio
         sparse: How the attention of ``dit`` leaves out keys; only for one video per call.
     """
     dit = _dit(spec, batch) if sparse is None else _sparse_dit(spec, sparse)
-    return (_llm(spec), _clip(spec), _refiner(spec), _modulation(spec), dit, _vae_decoder(spec))
+    guidance = guidance_stage(spec, batch, _TOLERANCE)
+    return (_llm(spec), _clip(spec), _refiner(spec), _modulation(spec), dit, guidance, _vae_decoder(spec))
 
 
 def _llm(spec: ModelSpec) -> Stage:
