@@ -53,7 +53,7 @@ class World:
     ran: list[str] = field(default_factory=list)
     opened: Counter[str] = field(default_factory=Counter)
     closed: Counter[str] = field(default_factory=Counter)
-    inside: Counter[str] = field(default_factory=Counter)
+    inside: Counter[FakePipeline] = field(default_factory=Counter)
     on_step: Callable[[str, int], None] | None = None
 
     def hold(self, prompt: str) -> Hold:
@@ -80,9 +80,9 @@ class FakePipeline:
         world, resolved = self.world, self.resolve(request)
         assert stop is not None
         assert not self.is_closed
-        world.inside[self.device] += 1
+        world.inside[self] += 1
         try:
-            assert world.inside[self.device] == 1, "two jobs in one pipeline"
+            assert world.inside[self] == 1, "two jobs in one pipeline"
             stop.check("its first stage")
             world.ran.append(request.prompt)
             if self.device in world.broken:
@@ -101,7 +101,7 @@ class FakePipeline:
                 value = np.float32((request.seed + frame) % 256 / 255)
                 yield Frames(frame, np.full((1, resolved.shape.height, resolved.shape.width, 3), value))
         finally:
-            world.inside[self.device] -= 1
+            world.inside[self] -= 1
 
     def close(self) -> None:
         self.is_closed = True
