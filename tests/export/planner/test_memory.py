@@ -157,6 +157,8 @@ def test_no_kernel_beats_its_rate_and_no_byte_its_bandwidth() -> None:
     plan = plan_of(recipe(HD, SMALL, dit=Precision.FP8), gpu=gpu)
     for bucket in plan.buckets:
         for stage in bucket.stages:
+            if not stage.calls:
+                continue  # guidance: only for requests with a negative prompt
             assert stage.seconds is not None
             assert stage.seconds.total >= stage.flops.total / max(gpu.rates.values())
             assert stage.seconds.total >= stage.activation_bytes / gpu.bandwidth / 10
