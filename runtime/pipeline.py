@@ -12,9 +12,8 @@ Letters: ``C`` channels, ``T`` ``H`` ``W`` latent frames, rows and columns, ``n`
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,26 +22,30 @@ from typing import TYPE_CHECKING, Self, TypeVar
 
 import numpy as np
 
+from reelforge.runtime.budget import LEAST, parse_budget
 from reelforge.runtime.bundle.open import Bundle, Check
 from reelforge.runtime.control import Stop
 from reelforge.runtime.decode import check_latents, decoding
 from reelforge.runtime.devices import device_index
-from reelforge.runtime.engines.engine import Engine, EngineOptions
-from reelforge.runtime.engines.load import load_engine
-from reelforge.runtime.errors import EngineError, RequestError
+from reelforge.runtime.dimensions import video_sizes
+from reelforge.runtime.engines.engine import Array, Engine, EngineOptions
+from reelforge.runtime.errors import RequestError
 from reelforge.runtime.events import Event, FloatArray, Frames, Notice, Pixels, Progress
 from reelforge.runtime.latents_file import write_latents
+from reelforge.runtime.memo import key_of
 from reelforge.runtime.noise import gaussian_noise
+from reelforge.runtime.prompt_stages import conditioning, encoding
 from reelforge.runtime.request import Request, ResolvedRequest, resolve_request
-from reelforge.runtime.residency import Residency
 from reelforge.runtime.sampling import begin_loop, take_step
 from reelforge.runtime.stage_inputs import Conditions, StageInputs, TextEncoding
+from reelforge.runtime.stages import Stages, Statistics
 from reelforge.runtime.turns import Turns
 
 if TYPE_CHECKING:
     from reelforge.runtime.engines.device_session import DeviceSession
 
-STAGES = ("llm", "clip", "refiner", "modulation", "dit", "vae_decoder")
+MEMO_BYTES = 1 << 30
+"""What is remembered without a choice; 50 steps of the full size are 0.4 GB of conditions per prompt."""
 
 OnProgress = Callable[[Progress], None]
 Result = TypeVar("Result")
@@ -57,21 +60,30 @@ class Pipeline:
             frames = pipeline.generate(Request("a red ball", steps=20))  # uint8 [frames, height, width, 3]
     """
 
-    def __init__(self, bundle: Bundle, options: EngineOptions | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        options: EngineOptions | None = None,
+        memory_budget: int | str | None = LEAST,
+        memo_bytes: int = 0,
+    ) -> None:
         self.bundle = bundle
         self.options = options or EngineOptions()
         self.spec = bundle.manifest.spec
         self.inputs = StageInputs(bundle)
         self._session: DeviceSession | None = None
         self._turns = Turns()
-        self._process = os.getpid()
-        self._residency = Residency(lambda stage: load_engine(bundle, stage, self.options, self._device))
-        for stage in STAGES:
-            bundle.stage(stage)  # a bundle built with --stages cannot generate; say so before any work
+        self._stages = Stages(bundle, self.options, lambda: self._device(), parse_budget(memory_budget), memo_bytes)
 
     @classmethod
     def open(
-        cls, path: str | Path, device: str | None = None, threads: int | None = None, check: Check = Check.FULL
+        cls,
+        path: str | Path,
+        device: str | None = None,
+        threads: int | None = None,
+        check: Check = Check.FULL,
+        memory_budget: int | str | None = None,
+        memo_bytes: int = MEMO_BYTES,
     ) -> Self:
         """Open a bundle for generation.
 
@@ -80,14 +92,23 @@ class Pipeline:
             device: ``"cpu"``, ``"cuda"`` or ``"cuda:N"``; None means the first that the bundle was built for.
             threads: Threads per operator; None means one per core.
             check: How thoroughly the bundle is checked.
+            memory_budget: What loaded stages may take where they compute: bytes, ``"20GiB"``, or ``"least"``, one
+                stage at a time. None means half of the host's available memory, or nine tenths of the GPU's (see
+                ``runtime.budget``, also for what is not counted).
+            memo_bytes: What of text encodings and conditions is kept in the host's memory for requests that repeat
+                prompts or schedules.
 
         Raises:
             BundleError: If the bundle is damaged, of another schema version, or lacks a stage.
-            RequestError: If the bundle was not built for the device.
+            RequestError: If the bundle was not built for the device, or the budget does not suffice for some stage.
         """
         bundle = Bundle.open(path, check)
         index = 0 if device is None else device_index(device, bundle.manifest.target.backend, bundle.name)
-        return cls(bundle, EngineOptions(threads=threads, device=index))
+        return cls(bundle, EngineOptions(threads=threads, device=index), memory_budget, memo_bytes)
+
+    def statistics(self) -> Statistics:
+        """Return what the pipeline holds, and how often it had to load a stage or could remember an answer."""
+        return self._stages.statistics()
 
     def resolve(self, request: Request) -> ResolvedRequest:
         """Check a request and fill in the bundle's defaults.
@@ -155,6 +176,8 @@ class Pipeline:
             CancelledError: If ``stop`` was set, or its deadline has passed.
         """
         resolved = self.resolve(request)
+        sizes = video_sizes(self.spec, resolved.shape, resolved.steps)
+        self._stages.check_budget(sizes, f"a video of {resolved.shape}")
         initial = self._initial_latents(resolved, latents)
         return self._generation(resolved, initial, save_latents, stop or Stop())
 
@@ -248,23 +271,17 @@ class Pipeline:
         """Lend a stage's engine for the duration of a ``with`` block.
 
         Raises:
+            BundleError: If a file of the stage was altered since the bundle was opened.
             EngineError: If it cannot be loaded, or this process is not the one that opened the pipeline.
         """
-        if os.getpid() != self._process:
-            raise EngineError(
-                "this pipeline was opened by another process, from which this one was forked.",
-                received=f"process {os.getpid()}",
-                expected=f"process {self._process}: threads and devices do not survive a fork",
-                fix="open the pipeline in each process after forking, or start processes with 'spawn'",
-            )
-        with self._residency.lease(stage) as engine:
+        with self._stages.lease(stage) as engine:
             yield engine
 
     def close(self) -> None:
         """Give back engines and GPU; a later use of the pipeline opens them again. Closing twice is harmless."""
-        if os.getpid() != self._process:
+        if self._stages.is_forked:
             return
-        self._residency.close()
+        self._stages.close()
         session, self._session = self._session, None
         if session is not None:
             session.close()
@@ -281,6 +298,7 @@ class Pipeline:
         self, request: ResolvedRequest, latents: FloatArray, save_latents: str | Path | None, stop: Stop
     ) -> Generator[Event, None, None]:
         with self._turns.take(stop):
+            self._stages.expect(video_sizes(self.spec, request.shape, request.steps))
             text = yield from self._encoding(request.prompt, stop)
             for notice in text.notices:
                 yield Notice(notice)
@@ -291,29 +309,26 @@ class Pipeline:
             yield from self._decoding(final, stop, "" if save_latents is None else str(save_latents))
 
     def _encoding(self, prompt: str, stop: Stop) -> Generator[Event, None, TextEncoding]:
-        inputs = self.inputs.text(prompt)
-        stop.check("stage 'llm'")
-        with self.engine("llm") as llm:
-            states = llm.run(inputs.llm)["prompt_states"]
-        yield Progress("text", 1, 2)
-        stop.check("stage 'clip'")
-        with self.engine("clip") as clip:
-            pooled = clip.run(inputs.clip)["pooled_text"]
-        yield Progress("text", 2, 2)
-        return self.inputs.text_encoding(inputs, states, pooled)
+        self._stages.watch.check_tokenizers()
+        return encoding(prompt, self.inputs, self._answer, stop)
 
     def _conditioning(
         self, request: ResolvedRequest, text: TextEncoding, stop: Stop
     ) -> Generator[Event, None, Conditions]:
-        stop.check("stage 'refiner'")
-        with self.engine("refiner") as refiner:
-            refined = refiner.run(self.inputs.refiner(request, text))["text"]
-        yield Progress("conditioning", 1, 2)
-        stop.check("stage 'modulation'")
-        with self.engine("modulation") as modulation:
-            vectors = modulation.run(self.inputs.modulation(request, text))
-        yield Progress("conditioning", 2, 2)
-        return self.inputs.conditions(request, refined, vectors)
+        return conditioning(request, text, self.inputs, self._answer, stop)
+
+    def _answer(self, stage: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Run a stage, unless it was asked the same before; nobody may alter what it answered."""
+        memo = self._stages.memo
+        key = key_of(stage, inputs) if memo.limit_bytes else b""
+        known = memo.get(key) if key else None
+        if known is not None:
+            return known
+        with self.engine(stage) as engine:
+            answer = engine.run(inputs)
+        if key:
+            memo.put(key, answer)
+        return answer
 
     def _sampling(
         self, request: ResolvedRequest, conditions: Conditions, latents: FloatArray, stop: Stop
@@ -331,7 +346,7 @@ class Pipeline:
 
     def _decoding(self, latents: FloatArray, stop: Stop, saved: str = "") -> Generator[Event, None, None]:
         lend = partial(self.engine, "vae_decoder")
-        return decoding(latents, lend, self.spec, stop, self._residency.make_room, saved)
+        return decoding(latents, lend, self.spec, stop, self._stages.residency.make_room, saved)
 
     def _initial_latents(self, request: ResolvedRequest, latents: FloatArray | None) -> FloatArray:
         shape = self.inputs.latent_shape(request.shape)

@@ -146,7 +146,7 @@ def test_stages_are_loaded_one_at_a_time(fake_bundle: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(module, "_check_signature", record_open)
     monkeypatch.setattr(module.OnnxRuntimeEngine, "close", record_close)
-    Pipeline.open(fake_bundle, check=Check.SIZES).generate(REQUEST)
+    Pipeline.open(fake_bundle, check=Check.SIZES, memory_budget="least").generate(REQUEST)
     stages = ["llm", "clip", "refiner", "modulation", "dit", "vae_decoder"]
     assert events == [sign + stage for stage in stages for sign in "+-"]
 

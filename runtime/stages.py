@@ -1,0 +1,169 @@
+"""The stages of an open bundle: engines in memory within a budget, loaded from files that are still the same.
+
+The module does not know how stages are chained.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from reelforge.runtime.budget import (
+    DEVICE_SHARE,
+    StageBytes,
+    default_host_budget,
+    refuse_too_small,
+    stage_bytes,
+)
+from reelforge.runtime.bundle.open import Bundle
+from reelforge.runtime.bundle.watch import Watch
+from reelforge.runtime.engines.engine import Engine, EngineOptions
+from reelforge.runtime.engines.load import load_engine
+from reelforge.runtime.errors import EngineError
+from reelforge.runtime.memo import Memo
+from reelforge.runtime.recipe import Backend
+from reelforge.runtime.residency import Residency
+
+if TYPE_CHECKING:
+    from reelforge.runtime.engines.device_session import DeviceSession
+
+STAGES = ("llm", "clip", "refiner", "modulation", "dit", "vae_decoder")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a pipeline holds and has done since it was opened.
+
+    Attributes:
+        budget_bytes: For engines; None as long as it is not decided (see ``runtime.budget``).
+        resident_bytes: Stage -> bytes of its weights, of those that are loaded.
+        loads: How often a stage was loaded.
+        evictions: How often one was closed to make room for another.
+        memo_hits: How often what a stage would compute was known already.
+        memo_misses: How often it was not.
+        memo_bytes: What is remembered takes.
+    """
+
+    budget_bytes: int | None
+    resident_bytes: dict[str, int]
+    loads: int
+    evictions: int
+    memo_hits: int
+    memo_misses: int
+    memo_bytes: int
+
+
+class Stages:
+    """The engines of one bundle, and what they answered before.
+
+    Args:
+        bundle: The bundle; every stage of it is loaded when it is first asked for.
+        options: How engines execute.
+        device: Returns the GPU's session, which all stages share and which is opened with the first.
+        budget: Bytes that engines may take together; 0 keeps none; None is decided when the first is loaded.
+        memo_bytes: What may be remembered.
+
+    Raises:
+        BundleError: If a stage is missing.
+        RequestError: If the budget is too small for one of them.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        options: EngineOptions,
+        device: Callable[[], DeviceSession],
+        budget: int | None,
+        memo_bytes: int,
+    ) -> None:
+        self.watch = Watch(bundle)
+        self.memo = Memo(memo_bytes)
+        self._bundle = bundle
+        self._options = options
+        self._device = device
+        self._budget = budget
+        self._limit = budget
+        self._process = os.getpid()
+        self._needs = {stage: self._need(stage, {}) for stage in STAGES}
+        shared = bundle.manifest.target.backend.has_plans
+        self.residency = Residency(self._load, self._need_of, self._decided_budget, STAGES, "dit", shared)
+        refuse_too_small(self._needs, budget or 0, f"bundle {bundle.name!r}")
+
+    @contextmanager
+    def lease(self, stage: str) -> Iterator[Engine]:
+        """Lend a stage's engine for the duration of a ``with`` block (see :class:`Residency`).
+
+        Raises:
+            BundleError: If the bundle lacks the stage, or a file of it was altered since the bundle was opened.
+            EngineError: If it cannot be loaded, or this process is not the one that opened the pipeline.
+        """
+        if self.is_forked:
+            raise EngineError(
+                "this pipeline was opened by another process, from which this one was forked.",
+                received=f"process {os.getpid()}",
+                expected=f"process {self._process}: threads and devices do not survive a fork",
+                fix="open the pipeline in each process after forking, or start processes with 'spawn'",
+            )
+        with self.residency.lease(stage) as engine:
+            yield engine
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether this process is not the one that opened the bundle."""
+        return os.getpid() != self._process
+
+    def check_budget(self, sizes: Mapping[str, int], what: str) -> None:
+        """Refuse a video for which the budget does not suffice; a budget that nobody set refuses nothing.
+
+        Args:
+            sizes: Of named dimensions, as the video will have them.
+            what: The video, for the message.
+
+        Raises:
+            RequestError: Saying which stage needs how much.
+        """
+        refuse_too_small({stage: self._need(stage, sizes) for stage in STAGES}, self._budget or 0, what)
+
+    def expect(self, sizes: Mapping[str, int]) -> None:
+        """Count with these sizes from now on."""
+        self._needs = {stage: self._need(stage, sizes) for stage in STAGES}
+
+    def statistics(self) -> Statistics:
+        """Return what is held, and what was done."""
+        return Statistics(
+            self._limit,
+            self.residency.resident,
+            self.residency.loads,
+            self.residency.evictions,
+            self.memo.hits,
+            self.memo.misses,
+            self.memo.bytes,
+        )
+
+    def close(self) -> None:
+        """Close the engines and forget what they answered; a later use loads them again."""
+        self.residency.close()
+        self.memo.clear()
+
+    def _load(self, stage: str) -> Engine:
+        self.watch.check_stage(stage)
+        return load_engine(self._bundle, stage, self._options, self._device)
+
+    def _decided_budget(self) -> int:
+        """Return the budget, and decide it before the first stage is loaded."""
+        if self._limit is None:
+            backend = self._bundle.manifest.target.backend
+            if backend.has_plans:
+                self._limit = int(self._device().cuda.memory()[0] * DEVICE_SHARE)
+            else:  # of a GPU under ONNX Runtime nothing is known: one stage at a time
+                self._limit = default_host_budget() if backend is Backend.CPU else 0
+        return self._limit
+
+    def _need(self, stage: str, sizes: Mapping[str, int]) -> StageBytes:
+        return stage_bytes(self._bundle.manifest, self._bundle.stage(stage), sizes)
+
+    def _need_of(self, stage: str) -> StageBytes:
+        return self._needs.get(stage) or self._need(stage, {})
