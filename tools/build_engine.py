@@ -15,6 +15,7 @@ from reelforge.runtime.codec import to_json
 from reelforge.runtime.errors import RequestError
 from reelforge.runtime.recipe import Target, VideoShape
 from reelforge.tools import console
+from reelforge.tools.attention_options import sparse_attention_of, sparse_build_options
 from reelforge.tools.build_report import node_table, quality_table, shown
 from reelforge.tools.quantisation_options import calibration_options, chosen_recipe, precision_of
 
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     type=click.Choice(["fp8"]),
     help="Quantise the queries, keys and values of dit's attention too. By default attention is in high precision.",
 )
+@sparse_build_options
 @click.option(
     "--scales",
     type=click.Path(path_type=Path),
@@ -128,6 +130,8 @@ def build_engine(
     keep: tuple[str, ...],
     recipe: Path | None,
     attention: str | None,
+    sparse_attention: str | None,
+    attention_blocks: str | None,
     scales: Path | None,
     prompts: Path | None,
     method: str,
@@ -173,6 +177,7 @@ def build_engine(
       build-engine models/HunyuanVideo -o hv.bundle
       build-engine ckpts -o hv-720p.bundle --precision fp16 --shapes 720x1280x129,544x960x129
       build-engine ckpts -o hv-int8.bundle --precision int8 --calibration-prompts prompts.txt
+      build-engine demo/checkpoint -o sparse.bundle --sparse-attention lists --attention-blocks 4x4
       build-engine ckpts -o hv-rtx.bundle --target rtx:sm89+sm120 --precision fp8 --attention fp8
     """  # noqa: D301 - \b is click's mark for text that it does not wrap
     parsed_target = Target.parse(target)
@@ -199,6 +204,7 @@ def build_engine(
         high_precision=precision_of(high_precision),
         kept=chosen.kept,
         attention=precision_of(attention),
+        sparse_attention=sparse_attention_of(sparse_attention, attention_blocks),
         shapes=parsed_shapes,
         stages=tuple(name.strip() for name in stages.split(",") if name.strip()),
         batch=batch,
