@@ -8,27 +8,20 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from reelforge.runtime.attention.table import chosen_table
-from reelforge.runtime.bundle.open import Bundle, Check
+from reelforge.runtime.bundle.open import Check
 from reelforge.runtime.engines.engine import EngineOptions
 from reelforge.runtime.errors import OutputError, RequestError
-from reelforge.runtime.events import Frames, Notice
-from reelforge.runtime.events import Progress as Step
 from reelforge.runtime.pipeline import Pipeline
 from reelforge.runtime.request import Request
 from reelforge.runtime.video import VideoWriter
 from reelforge.tools import console
 from reelforge.tools.attention_options import attention_options
-
-_PHASES = ("text", "conditioning", "sampling", "decoding")
+from reelforge.tools.video_events import open_bundle, progress_bars, write_video
 
 
 @click.command(epilog=console.EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
@@ -130,26 +123,16 @@ def generate(
         negative_prompt=negative_prompt,
     )
     started = time.monotonic()
-    with _bars(hidden=as_json) as bars:
+    with progress_bars(hidden=as_json) as bars:
         options = EngineOptions(threads=threads, device=device, provider=provider)
-        pipeline = Pipeline(_open(bundle, Check(check), bars), options)
+        pipeline = Pipeline(open_bundle(bundle, Check(check), bars), options)
         resolved = pipeline.resolve(request)
         if save_latents is not None:
             _require_writable(save_latents)
         shape = resolved.shape
         rate = pipeline.spec.defaults.frames_per_second
-        notices: list[str] = []
-        tasks = {phase: bars.add_task(phase, total=None, visible=False) for phase in _PHASES}
-
         with pipeline, VideoWriter(output, shape.height, shape.width, shape.frames, rate) as video:
-            for event in pipeline.stream(request, save_latents=save_latents):
-                match event:
-                    case Step():
-                        bars.update(tasks[event.phase], completed=event.step, total=event.total, visible=True)
-                    case Notice():
-                        notices.append(event.text)
-                    case Frames():
-                        video.write(event.pixels)
+            notices = write_video(pipeline.stream(request, save_latents=save_latents), bars, video)
     seconds = time.monotonic() - started
     for notice in notices:
         console.print_notice(notice)
@@ -205,16 +188,6 @@ def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
         ) from error
 
 
-def _open(path: Path, check: Check, bars: Progress) -> Bundle:
-    task = bars.add_task("bundle", total=None, visible=False)
-
-    def show(done: int, total: int) -> None:
-        # In megabytes, because the column shows whole numbers.
-        bars.update(task, completed=done >> 20, total=total >> 20, visible=total >> 20 > 0)
-
-    return Bundle.open(path, check, show)
-
-
 def _require_writable(path: Path) -> None:
     """Find out before sampling whether the latents can be written."""
     probe = path.parent / f".{path.name}.probe-{os.getpid()}"
@@ -231,17 +204,3 @@ def _require_writable(path: Path) -> None:
             expected="a file in a folder that this user may write",
             fix="choose another path with --save-latents",
         ) from error
-
-
-@contextmanager
-def _bars(hidden: bool) -> Iterator[Progress]:
-    columns = (
-        TextColumn("{task.description:>12}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    terminal = Console(stderr=True)
-    with Progress(*columns, console=terminal, disable=hidden or not terminal.is_terminal) as bars:
-        yield bars

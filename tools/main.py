@@ -17,6 +17,7 @@ from reelforge.tools import console
 COMMANDS: dict[str, tuple[str, str]] = {
     "cache": ("reelforge.tools.cache:cache", "Show the cache of compiled plans, or make room in it."),
     "calibrate": ("reelforge.tools.calibrate:calibrate", "Find the scales for layers in 8 bits."),
+    "decode": ("reelforge.tools.decode:decode", "Make a video of latents that were saved."),
     "generate": ("reelforge.tools.generate:generate", "Generate a video from a prompt."),
     "inspect": ("reelforge.tools.inspect_bundle:inspect", "Show what a bundle contains and where it came from."),
     "plan": ("reelforge.tools.plan:plan", "Predict what a build and its videos cost."),
