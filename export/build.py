@@ -41,7 +41,9 @@ def build_bundle(request: BuildRequest, events: BuildEvents | None = None) -> Ma
         chosen, recipe = source.chosen_stages(), source.recipe()
         if request.target.backend.has_plans:
             find_compiler(request.target)
-        compiler = StageCompiler(request.target, source.resolved, events)
+        rules = source.family.quantisation(source.spec)
+        attentions = {stage: found.attentions for stage, found in rules.items()}
+        compiler = StageCompiler(request.target, source.resolved, events, attentions)
         source.write_tokenizers(writer)
         if recipe.calibrated:
             build = QuantisedBuild(source, request.calibration, compiler, events)

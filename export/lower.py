@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -12,6 +12,7 @@ from reelforge.export.engines.requirements import takes
 from reelforge.export.passes.decompose_frame_causal_attention import DecomposeFrameCausalAttentionPass
 from reelforge.export.passes.decompose_top_k_attention import DecomposeTopKAttentionPass
 from reelforge.export.passes.defer_scales import DeferScalesPass
+from reelforge.export.passes.lower_attention import AddPluginFunctionsPass, LowerAttentionPass
 from reelforge.export.passes.lower_block_sparse_attention import LowerBlockSparseAttentionPass
 from reelforge.export.passes.lower_float8 import LowerFloat8Pass
 from reelforge.export.passes.lower_frame_causal_attention import LowerFrameCausalAttentionPass
@@ -21,6 +22,8 @@ from reelforge.export.passes.lower_linear import LowerLinearPass
 from reelforge.export.passes.mask_key_lengths import MaskKeyLengthsPass
 from reelforge.export.passes.quantise_attention import AttentionScales, QuantiseAttentionPass
 from reelforge.export.passes.quantise_layers import IntegerInputs, QuantisedLayer, QuantiseLayersPass
+from reelforge.plugins.attention_choice import ATTENTION_PLUGINS
+from reelforge.runtime.errors import BuildError
 from reelforge.runtime.recipe import Backend, Precision, Target
 
 
@@ -37,16 +40,36 @@ class EightBit:
     attentions: Mapping[str, AttentionScales] = field(default_factory=dict)
 
 
-def passes_for(target: Target, eight_bit: EightBit) -> Sequence[InPlacePass]:
+@dataclass(frozen=True)
+class PluginAttentions:
+    """Which attentions of a graph a target with plugins computes by them.
+
+    Attributes:
+        names: Of the attentions.
+        trusted_tables: See :class:`LowerAttentionPass`.
+    """
+
+    names: tuple[str, ...] = ()
+    trusted_tables: Collection[str] = ()
+
+
+def passes_for(
+    target: Target, eight_bit: EightBit, plugin_attentions: PluginAttentions | None = None
+) -> Sequence[InPlacePass]:
     """Return the passes that turn an assembled graph into one that ``target`` takes, in the order they run.
 
     Args:
         target: What will execute the graph.
         eight_bit: What of it is computed in 8 bits.
+        plugin_attentions: What plugins compute, if the target has them; other targets compute it themselves.
+
+    Raises:
+        BuildError: If the target's architectures have different plugins.
     """
     compiled = (
         common.IdentityEliminationPass(),
         DecomposeTopKAttentionPass(),
+        *_attention_plugins(target, eight_bit, plugin_attentions or PluginAttentions()),
         DecomposeFrameCausalAttentionPass(_logits(target)),
         MaskKeyLengthsPass(),
         LowerLinearPass(),
@@ -95,9 +118,30 @@ def passes_for(target: Target, eight_bit: EightBit) -> Sequence[InPlacePass]:
             common.ClearMetadataAndDocStringPass(),
         ),
         Backend.RTX: compiled,
-        Backend.TRT: compiled,
+        Backend.TRT: (*compiled, AddPluginFunctionsPass()),
     }
     return lowering[target.backend]
+
+
+def _attention_plugins(
+    target: Target, eight_bit: EightBit, plugin_attentions: PluginAttentions
+) -> tuple[InPlacePass, ...]:
+    """Return the pass for a target with plugins; none where its architecture has no kernels.
+
+    An attention with scales of its own is the compiler's: that is what they were asked for.
+    """
+    names = tuple(name for name in plugin_attentions.names if name not in eight_bit.attentions)
+    if target.backend is not Backend.TRT or not names:
+        return ()
+    first, *others = [ATTENTION_PLUGINS.get(name) for name in target.architectures]
+    if any(other != first for other in others):
+        raise BuildError(
+            "one graph cannot name the attention plugins of all these architectures.",
+            received=str(target),
+            expected="architectures with the same plugins",
+            fix="build a bundle for each",
+        )
+    return () if first is None else (LowerAttentionPass(names, first, plugin_attentions.trusted_tables),)
 
 
 def _logits(target: Target) -> ir.DataType | None:
@@ -106,8 +150,13 @@ def _logits(target: Target) -> ir.DataType | None:
     return ir.DataType.FLOAT if exact else None
 
 
-def lower(model: ir.Model, target: Target, eight_bit: EightBit | None = None) -> ir.Model:
-    """Run the target's passes over ``model`` in place and return it."""
-    for graph_pass in passes_for(target, eight_bit or EightBit()):
+def lower(
+    model: ir.Model,
+    target: Target,
+    eight_bit: EightBit | None = None,
+    plugin_attentions: PluginAttentions | None = None,
+) -> ir.Model:
+    """Run the target's passes over ``model`` in place and return it; see :func:`passes_for`."""
+    for graph_pass in passes_for(target, eight_bit or EightBit(), plugin_attentions):
         graph_pass(model)
     return model

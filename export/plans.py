@@ -24,6 +24,7 @@ from reelforge.export.engines.channel import Progress
 from reelforge.export.engines.compile import compile_plan
 from reelforge.export.engines.expected import expected_of
 from reelforge.export.engines.module import backend_name, load_module
+from reelforge.export.engines.plugin_graph import parser_graph, plugin_types, with_kernels
 from reelforge.export.engines.profiles import profiles_for
 from reelforge.export.engines.request import Expected, PlanRequest, Profile
 from reelforge.export.engines.requirements import compatible_groups
@@ -90,11 +91,11 @@ def add_plans(
             plan: StagePlan = plan,
             weights: Mapping[str, WeightEntry] = weights,
         ) -> StageGraph:
-            model = compiler.graph(part, base, plan, weights)
+            model = parser_graph(compiler.graph(part, base, plan, weights))
             data = graph_bytes(model)
             return StageGraph(
                 data,
-                graph_digest(data, weights),
+                with_kernels(graph_digest(data, weights), plugin_types(model.graph)),
                 expected_of(model, plan),
                 profiles_for(part, source.spec, recipe, source.template),
             )
@@ -115,7 +116,7 @@ class StageGraph:
 
     Attributes:
         data: The ONNX model; its weights lie in the unfinished bundle.
-        digest: With weights replaced by their digests.
+        digest: With weights replaced by their digests, and with that of the kernels that plugins bring.
         expected: What must be found in the plan.
         profiles: The sizes that it must take.
     """

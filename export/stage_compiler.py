@@ -21,7 +21,7 @@ from reelforge.export.build_request import BuildEvents
 from reelforge.export.capture import Trace, capture_part
 from reelforge.export.checkpoint.sources import Resolved
 from reelforge.export.graph_file import check_graph, count_nodes, graph_bytes, graph_digest
-from reelforge.export.lower import EightBit, lower
+from reelforge.export.lower import EightBit, PluginAttentions, lower
 from reelforge.export.passes.quantise_layers import QuantisedLayer
 from reelforge.export.quantisation import StagePlan
 from reelforge.export.stage import Part, Stage, Value
@@ -47,11 +47,13 @@ class StageCompiler:
         target: What will execute the graphs.
         resolved: stage -> parameter -> where it lies in the checkpoint.
         events: Where to report.
+        attentions: stage -> names of the attentions that a target may compute by plugins.
     """
 
     target: Target
     resolved: Mapping[str, Mapping[str, Resolved]]
     events: BuildEvents
+    attentions: Mapping[str, Sequence[str]] = field(default_factory=dict)
     _traces: dict[_Kind, Trace] = field(default_factory=dict)
 
     def compile(
@@ -126,7 +128,10 @@ class StageCompiler:
         plan = plan or StagePlan()
         layers = {layer: _quantised(layer, plan, weights) for layer in plan.layers if f"{layer}.weight" in own}
         attentions = {name: scales for name, scales in plan.attentions.items() if name.startswith(prefixes)}
-        return lower(model, self.target, EightBit(layers, attentions))
+        whole = stage.name.partition(".")[0]  # the stage that this is a part of
+        names = tuple(name for name in self.attentions.get(whole, ()) if name.startswith(prefixes))
+        # The inputs of a later part are called otherwise; the whole stage's graph has shown what they are.
+        return lower(model, self.target, EightBit(layers, attentions), PluginAttentions(names, set(stage.aliases)))
 
     def _trace(self, stage: Stage, precision: Precision) -> tuple[Trace, ...]:
         traces = []

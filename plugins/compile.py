@@ -113,6 +113,16 @@ def digest(variant: Variant) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def toolchain_digest() -> str:
+    """Return a digest of everything that all kernels depend on: their sources, and the versions of what compiles them.
+
+    Raises:
+        BuildError: If Triton or the assembler is not installed.
+    """
+    parts = {"format": _FORMAT, "sources": _sources(), "triton": triton_version(), "ptxas": ptxas_version()}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
 def triton_version() -> str:
     """Return Triton's version.
 

@@ -19,7 +19,7 @@ class LayerRecord:
 
     Attributes:
         name: The compiler's name: fused layers list the graph's node names in it.
-        kind: ``gemm``, ``attention``, ``convolution``, ``reformat``, ``cast`` or ``other``.
+        kind: ``gemm``, ``attention``, ``plugin``, ``convolution``, ``reformat``, ``cast`` or ``other``.
         kernel: The compiler's name of the kernel or layer type.
         inputs: Types as the compiler writes them, ``FP8``, ``BF16``, ``Float``.
         outputs: Likewise.

@@ -30,6 +30,7 @@ from reelforge.export.engines.layer_information import PlanInformation, read_log
 from reelforge.export.engines.module import Message, Module, backend_name, make_logger, make_monitor, make_writer
 from reelforge.export.engines.plan_inputs import input_shapes
 from reelforge.export.engines.plan_writer import PlanWriter
+from reelforge.export.engines.plugin_graph import registered
 from reelforge.export.engines.request import PlanRequest
 from reelforge.export.passes.quantise_attention import SOFTMAX_SCALE
 from reelforge.runtime.errors import BuildError
@@ -78,7 +79,8 @@ def build_plan(
     names = read_graph_names(Path(request.graph), request.target.backend)
     check_expected(names, request.expected)
     try:
-        return _compile(module, request, names, on_message, on_step)
+        with registered(module, request.target, names.plugin_types):
+            return _compile(module, request, names, on_message, on_step)
     except BaseException as error:
         # A traceback keeps its frames' variables alive. The library takes a lock when a builder is destroyed, and while
         # it calls us back: a collection of garbage in there that found an earlier builder would wait for ever.

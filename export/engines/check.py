@@ -1,4 +1,4 @@
-"""What a plan holds against what its recipe promises: layers in their format, attentions in one kernel each.
+"""What a plan holds against what its recipe promises: layers in their format, attentions in one kernel or plugin each.
 
 The check is on the compiler's own layer information, under every profile; it runs nothing.
 """
@@ -39,7 +39,8 @@ def check_plan(stage: str, profiles: Sequence[Sequence[LayerRecord]], expected: 
     problems: dict[str, str] = {}
     for layers in profiles:
         problems |= dict(_layer_problems(layers, expected)) | dict(_attention_problems(layers, expected))
-    if not any(profiles) and (expected.layers or expected.attentions):
+        problems |= dict(_plugin_problems(layers, expected))
+    if not any(profiles) and (expected.layers or expected.attentions or expected.plugins):
         raise BuildError(
             f"the compiler said nothing about the layers of stage {stage!r}, so its plan cannot be checked.",
             expected="layer information in the compiler's log",
@@ -48,7 +49,7 @@ def check_plan(stage: str, profiles: Sequence[Sequence[LayerRecord]], expected: 
     if problems:
         shown = list(problems.items())[:_SHOWN]
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        promised = len(expected.layers) + len(expected.attentions)
+        promised = len(expected.layers) + len(expected.attentions) + len(expected.plugins)
         raise BuildError(
             f"{len(problems)} of {promised} layers and attentions of stage {stage!r} are not in their format.",
             received="; ".join(f"{name}: {problem}" for name, problem in shown) + more,
@@ -81,6 +82,15 @@ def _attention_problems(layers: Sequence[LayerRecord], expected: Expected) -> It
         types = (queries, keys, *values)
         if set(types) != {TYPES[precision]}:
             yield name, f"fused in {', '.join(types)}, wanted {precision.value}"
+
+
+def _plugin_problems(layers: Sequence[LayerRecord], expected: Expected) -> Iterator[tuple[str, str]]:
+    found, fused = _by_node(layers, ("plugin",)), _by_node(layers, ("attention",))
+    for name, plugin in expected.plugins.items():
+        records = found.get(name, [])
+        if len(records) != 1:
+            others = len(fused.get(name, []))
+            yield name, f"not one layer of {plugin}: {len(records)} plugins and {others} attention kernels"
 
 
 def _by_node(layers: Sequence[LayerRecord], kinds: Sequence[str]) -> dict[str, list[LayerRecord]]:

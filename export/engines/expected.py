@@ -1,13 +1,15 @@
 """What a plan must hold, from its graph and what quantisation made of the stage.
 
 Layers come from the stage's plan, attentions from the lowered graph: whether an attention can be one fused kernel is
-seen from its type, heads and channels. The module does not know how a compiler's words are read (``check``).
+seen from its type, heads and channels; one that is a plugin is that plugin. The module does not know how a compiler's
+words are read (``check``).
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
+from reelforge.export.engines.plugin_graph import plugin_attentions
 from reelforge.export.engines.request import Expected
 from reelforge.export.passes.layers import LAYER_OPERATORS, attention_nodes
 from reelforge.export.quantisation import NUMBER_FORMATS, StagePlan
@@ -41,7 +43,8 @@ def expected_of(model: ir.Model, plan: StagePlan) -> Expected:
             decomposed.append(name)
         else:
             attentions[name] = Precision.FP8 if name in plan.attentions else precision
-    return Expected(layers, attentions, tuple(decomposed))
+    plugins = {name: node.op_type for name, node in plugin_attentions(model.graph).items()}
+    return Expected(layers, attentions, tuple(decomposed), plugins)
 
 
 def _fused_precision(node: ir.Node) -> Precision | None:

@@ -6,12 +6,13 @@ The module does not know what a compiler makes of the graph.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
+from reelforge.export.engines.plugin_graph import plugin_attentions, plugin_types
 from reelforge.export.engines.request import Expected
 from reelforge.export.passes.layers import LAYER_OPERATORS, attention_nodes, weighted_layers
 from reelforge.runtime.errors import BuildError
@@ -30,15 +31,20 @@ class GraphNames:
         layers: Layer name -> node name.
         attentions: Attention name -> node name.
         stored_bytes: Of all stored tensors.
+        plugins: Attention name -> node name, of those that a plugin computes.
+        plugin_types: All plugins that nodes name.
     """
 
     layers: dict[str, str]
     attentions: dict[str, str]
     stored_bytes: int = 0
+    plugins: dict[str, str] = field(default_factory=dict)
+    plugin_types: tuple[str, ...] = ()
 
     def by_node(self) -> dict[str, str]:
         """Return node name -> layer or attention name."""
-        return {node: name for names in (self.layers, self.attentions) for name, node in names.items()}
+        groups = (self.layers, self.attentions, self.plugins)
+        return {node: name for names in groups for name, node in names.items()}
 
 
 def read_graph_names(path: Path, backend: Backend) -> GraphNames:
@@ -51,21 +57,23 @@ def read_graph_names(path: Path, backend: Backend) -> GraphNames:
         model = ir.load(path)
     except (OSError, DecodeError) as error:
         raise BuildError(f"{path} cannot be read as an ONNX graph.", received=str(error)[:300]) from error
+    _refuse_plugins(path, backend, model.graph)
     if model.functions:
         raise BuildError(
             f"{path.name} has functions, and the compilers' parsers fail where one is called twice.",
             received=", ".join(str(key) for key in list(model.functions)[:_SHOWN]),
             expected="a graph of operators",
-            fix="inline them (onnx_ir.passes.common.InlinePass)",
+            fix="inline them (onnx_ir.passes.common.InlinePass), or take plugins' functions off (parser_graph)",
         )
-    _refuse_plugins(path, backend, model.graph)
     layers = {name: str(layer.node.name) for name, layer in weighted_layers(model.graph).items()}
     for node in model.graph:
         if node.op_type in LAYER_OPERATORS and node.name:  # a quantised layer's node carries the layer's name
             layers.setdefault(node.name, node.name)
     attentions = {name: str(node.name) for name, node in attention_nodes(model.graph).items()}
     tensors = (value.const_value for value in model.graph.initializers.values())
-    return GraphNames(layers, attentions, sum(int(tensor.nbytes) for tensor in tensors if tensor is not None))
+    stored = sum(int(tensor.nbytes) for tensor in tensors if tensor is not None)
+    plugins = {name: str(node.name) for name, node in plugin_attentions(model.graph).items()}
+    return GraphNames(layers, attentions, stored, plugins, plugin_types(model.graph))
 
 
 def check_expected(names: GraphNames, expected: Expected) -> None:
@@ -77,6 +85,7 @@ def check_expected(names: GraphNames, expected: Expected) -> None:
     for kind, wanted, known in (
         ("layers", expected.layers, names.layers),
         ("attentions", [*expected.attentions, *expected.decomposed], names.attentions),
+        ("plugins", list(expected.plugins), names.plugins),
     ):
         missing = [name for name in wanted if name not in known]
         if missing:

@@ -5,7 +5,9 @@ Name: ..., Datatype: FP8, ...}], Constants: [...], Outputs: [...], TacticName: .
 double.0.image.fc1]<US>[ONNX Layer: ...]``: first all layers of the first profile, then of the second. Before it, it
 states ``Total Activation Memory`` once per profile and ``Total Weights Memory`` once for all. A generated kernel's name
 lists what it does in words of up to four letters (``__myl_MulCast``); a fused attention's begins with ``_gemm_mha``.
-Lines of any other form are passed over. The module knows these words and nothing about what a recipe wants.
+A plugin's layer is expected as classic TensorRT documents it, ``LayerType: PluginV3``, constants and kernel possibly
+left out; no such log was seen here. Lines of any other form are passed over. The module knows these words and nothing
+about what a recipe wants.
 """
 
 from __future__ import annotations
@@ -29,10 +31,15 @@ _KINDS = {
 _GENERATED = ("kgen", "runtime_fusion")
 _PRODUCTS = {"Fc": "gemm", "Gemm": "gemm", "Conv": "convolution", "Corr": "convolution"}
 _MOVES = frozenset(["Resh", "Move", "Tran", "Repl", "Conc", "Slic", "Pad", "Copy"])
-_COMPUTED = ("gemm", "convolution", "attention")
+_COMPUTED = ("gemm", "convolution", "attention", "plugin")
 _HEAD = re.compile(
     r"Name: (?P<name>.*?), LayerType: (?P<type>[^,]*), Inputs: \[(?P<inputs>.*?)\], Constants: \[(?P<constants>.*?)\], "
     r"Outputs: \[(?P<outputs>.*?)\], TacticName: (?P<kernel>.*?), StreamId: \d+, Metadata: ?(?P<metadata>.*)"
+)
+_PLUGIN = re.compile(
+    r"Name: (?P<name>.*?), LayerType: (?P<type>Plugin\w*), Inputs: \[(?P<inputs>.*?\}) ?\], "
+    r"(?:Constants: \[(?P<constants>.*?)\], )?Outputs: \[(?P<outputs>.*?\}) ?\].*?"
+    r"(?:, TacticName: (?P<kernel>.*?), .*?)?(?:, Metadata: ?(?P<metadata>.*))?"
 )
 _DATATYPE = re.compile(r", Datatype: (\w+),")
 _NODE = "[ONNX Layer: "
@@ -87,12 +94,15 @@ def _records(text: str, names: Mapping[str, str]) -> Iterator[tuple[int, LayerRe
     lines = text.split("\n")
     regions = _profiles_of_regions(lines)
     for line in lines:
-        match = _HEAD.fullmatch(line.rstrip("\r"))
+        match = _HEAD.fullmatch(line.rstrip("\r")) or _PLUGIN.fullmatch(line.rstrip("\r"))
         if match is None:
             continue
         name, kernel = match["name"], match["kernel"]
         kind = _kind(match["type"], name)
-        nodes = [names[node] for node in _nodes(match["metadata"]) if node in names] if kind in _COMPUTED else []
+        made_of = _nodes(match["metadata"] or "")
+        if kind == "plugin" and not made_of:  # a plugin's layer is called after its node
+            made_of = [_SECOND_PROFILE.sub("", name)]
+        nodes = [names[node] for node in made_of if node in names] if kind in _COMPUTED else []
         yield (
             _profile(name, regions),
             LayerRecord(
@@ -101,7 +111,7 @@ def _records(text: str, names: Mapping[str, str]) -> Iterator[tuple[int, LayerRe
                 kernel=kernel or match["type"],
                 inputs=tuple(_DATATYPE.findall(match["inputs"])),
                 outputs=tuple(_DATATYPE.findall(match["outputs"])),
-                constants=tuple(_DATATYPE.findall(match["constants"])),
+                constants=tuple(_DATATYPE.findall(match["constants"] or "")),
                 nodes=tuple(dict.fromkeys(nodes)),
             ),
         )
@@ -113,6 +123,8 @@ def _kind(layer_type: str, name: str) -> str:
         return "attention"
     if word in _KINDS:
         return _KINDS[word]
+    if word.startswith("plugin"):
+        return "plugin"
     if word not in _GENERATED or not name.startswith("__myl_"):
         return "other"
     words = _WORDS.findall(_SUFFIX.sub("", _SECOND_PROFILE.sub("", name)).removeprefix("__myl_"))

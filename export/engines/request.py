@@ -33,11 +33,13 @@ class Expected:
         layers: Layer name -> ``FP8`` or ``INT8``: its product must be computed in that format.
         attentions: Attention name -> ``FP8``, ``FP16`` or ``BF16``: it must be one fused kernel in that format.
         decomposed: Attentions that no kernel of the backend covers, and that may become separate products.
+        plugins: Attention name -> plugin: it must be one layer of the plugin, whose types its registration fixes.
     """
 
     layers: dict[str, Precision] = field(default_factory=dict)
     attentions: dict[str, Precision] = field(default_factory=dict)
     decomposed: tuple[str, ...] = ()
+    plugins: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,8 @@ class StageGraphs:
 
     def graph(self, stage: str, target: Target, base: Precision) -> ir.Model:
         """Return the lowered graph of a stage, checked."""
-        compiler = StageCompiler(target, self.tiny.resolved, BuildEvents())
+        attentions = {name: rules.attentions for name, rules in self.tiny.rules.items()}
+        compiler = StageCompiler(target, self.tiny.resolved, BuildEvents(), attentions)
         model = compiler.graph(self.tiny.stages[stage], base, self.plan(stage), self.weights(stage))
         check_graph(graph_bytes(model), stage)
         return model

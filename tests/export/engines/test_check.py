@@ -88,3 +88,22 @@ def test_a_compiler_that_says_nothing() -> None:
     with pytest.raises(BuildError, match="said nothing about the layers of stage 'dit'"):
         check_plan("dit", [], EXPECTED)
     check_plan("dit", [], Expected())
+
+
+def plugin(name: str, kind: str = "plugin") -> LayerRecord:
+    return LayerRecord(f"{name}.int8_fp8_attention", kind, "PluginV3", ("Int8", "Float"), ("BFloat16",), (), (name,))
+
+
+def test_an_attention_by_a_plugin_is_one_layer() -> None:
+    expected = Expected(plugins={"c": "int8_fp8_attention", "d": "int8_fp8_attention"})
+    good = (plugin("c"), plugin("d"))
+    check_plan("dit", [good, good], expected)
+    with pytest.raises(BuildError, match="1 of 2 layers and attentions of stage 'dit'") as caught:
+        check_plan("dit", [good, good[:1]], expected)
+    assert "d: not one layer of int8_fp8_attention: 0 plugins and 0 attention kernels" in str(caught.value)
+    with pytest.raises(BuildError, match="c: not one layer of int8_fp8_attention: 2 plugins"):
+        check_plan("dit", [(*good, plugin("c"))], expected)
+    with pytest.raises(BuildError, match="c: not one layer of int8_fp8_attention: 0 plugins and 1 attention kernels"):
+        check_plan("dit", [(attention("c"), plugin("d"))], expected)
+    with pytest.raises(BuildError, match="said nothing about the layers"):
+        check_plan("dit", [], expected)

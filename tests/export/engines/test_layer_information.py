@@ -160,3 +160,20 @@ def test_a_real_attention(tmp_path: Path, rtx: Any) -> None:
     built.writer.discard()
     found = [record for record in built.information.profiles[0] if record.kind == "attention"]
     assert [(record.nodes, record.inputs) for record in found] == [(("double.0.attention",), ("BFloat16",) * 3)]
+
+
+@pytest.mark.parametrize("kind", ["PluginV3", "Plugin_V3_ext"])
+def test_a_plugin(kind: str) -> None:
+    """As classic TensorRT documents its layers; no such log was seen."""
+    names = {"double.0.attention.int8_fp8_attention": "double.0.attention"}
+    full = layer("double.0.attention.int8_fp8_attention", kind, "Int8 Float", "", "BFloat16",
+                 ("double.0.attention.int8_fp8_attention",))  # fmt: skip
+    short = full.replace(", Constants: []", "").replace(", TacticName: t", "")
+    unnamed = short.partition(", Metadata")[0]
+    for text in (full, short, unnamed, unnamed.replace(", LayerType", " [profile 1], LayerType")):
+        (record,) = read_log(log(text), names).profiles[0]
+        assert (record.kind, record.nodes) == ("plugin", ("double.0.attention",))
+        assert (record.inputs, record.outputs, record.constants) == (("Int8", "Float"), ("BFloat16",), ())
+        assert record.kernel == ("t" if text == full else kind)
+    (other,) = read_log(log(full.replace("int8_fp8_attention", "value_quantise")), names).profiles[0]
+    assert (other.kind, other.nodes) == ("plugin", ())
