@@ -23,8 +23,9 @@ from reelforge.calibration.reference_run import (
 )
 from reelforge.runtime.errors import RequestError
 from reelforge.runtime.events import FloatArray, Progress
-from reelforge.runtime.pipeline import STAGES, OnProgress, Pipeline
+from reelforge.runtime.pipeline import OnProgress, Pipeline
 from reelforge.runtime.stage_inputs import Conditions
+from reelforge.runtime.stages import STAGES
 
 
 @dataclass(frozen=True)
