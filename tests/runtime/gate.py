@@ -12,7 +12,7 @@ import pytest
 
 from reelforge.runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
 
-WAIT_S = 30.0
+WAIT_S = 20.0
 
 
 class Gate:

@@ -76,13 +76,14 @@ def test_cancelling_in_each_phase_stops_before_the_next_unit(
     pipeline: Pipeline, expected: np.ndarray, gate: Gate, stage: str, streamed: bool
 ) -> None:
     stop = Stop()
+    request = replace(REQUEST, prompt=f"{'ab'[streamed]} {stage}")  # a new one: stages remember what they were asked
 
     async def consume() -> None:
         if streamed:
-            async for _ in pipeline.stream_async(REQUEST, stop=stop):
+            async for _ in pipeline.stream_async(request, stop=stop):
                 pass
         else:
-            await pipeline.generate_async(REQUEST, stop=stop)
+            await pipeline.generate_async(request, stop=stop)
 
     async def run() -> None:
         gate.hold(stage)
