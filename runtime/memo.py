@@ -1,7 +1,7 @@
 """What was computed before, kept for requests that ask for the same; bounded by bytes, and the oldest use goes first.
 
 Entries are arrays that nobody may alter, addressed by a digest of everything that they were computed from. The module
-knows neither stages nor what the arrays mean.
+knows which stages read text, and not what the arrays mean.
 """
 
 from __future__ import annotations
@@ -50,6 +50,10 @@ class Memo:
             self.hits += 1
             return found
 
+    def __contains__(self, key: bytes) -> bool:
+        """Return whether something is kept under ``key``, without counting it as used."""
+        return key in self._entries
+
     def put(self, key: bytes, arrays: Arrays) -> None:
         """Keep arrays, which must not be altered afterwards, and forget what was not used for longest."""
         size = _size(arrays)
@@ -68,6 +72,34 @@ class Memo:
         with self._lock:
             self._entries.clear()
             self.bytes = 0
+
+
+class Memos:
+    """What is remembered of text, and of what was made of it for a schedule.
+
+    They do not push each other out: text is small and long to compute, and requests that wait may have theirs here
+    already, while the conditions of a single request can be hundreds of times larger. Any thread may use it, and
+    pipelines of one bundle may share it.
+
+    Args:
+        limit_bytes: What all of it may take; an eighth is for text.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.text = Memo(limit_bytes // 8)
+        self.conditions = Memo(limit_bytes - limit_bytes // 8)
+
+    def of(self, stage: str) -> Memo:
+        """Return where a stage's answers are kept."""
+        return self.text if stage in TEXT_STAGES else self.conditions
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.text.clear()
+        self.conditions.clear()
+
+
+TEXT_STAGES = ("llm", "clip")
 
 
 def key_of(stage: str, inputs: Arrays) -> bytes:

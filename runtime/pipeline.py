@@ -13,7 +13,7 @@ Letters: ``C`` channels, ``T`` ``H`` ``W`` latent frames, rows and columns, ``n`
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -28,11 +28,11 @@ from reelforge.runtime.control import Stop
 from reelforge.runtime.decode import check_latents, decoding
 from reelforge.runtime.devices import device_index
 from reelforge.runtime.dimensions import video_sizes
-from reelforge.runtime.engines.engine import Array, Engine, EngineOptions
+from reelforge.runtime.engines.engine import Engine, EngineOptions
 from reelforge.runtime.errors import RequestError
 from reelforge.runtime.events import Event, FloatArray, Frames, Notice, Pixels, Progress
 from reelforge.runtime.latents_file import write_latents
-from reelforge.runtime.memo import key_of
+from reelforge.runtime.memo import Memos
 from reelforge.runtime.noise import gaussian_noise
 from reelforge.runtime.prompt_stages import conditioning, encoding
 from reelforge.runtime.request import Request, ResolvedRequest, resolve_request
@@ -66,6 +66,7 @@ class Pipeline:
         options: EngineOptions | None = None,
         memory_budget: int | str | None = LEAST,
         memo_bytes: int = 0,
+        memos: Memos | None = None,
     ) -> None:
         self.bundle = bundle
         self.options = options or EngineOptions()
@@ -73,7 +74,9 @@ class Pipeline:
         self.inputs = StageInputs(bundle)
         self._session: DeviceSession | None = None
         self._turns = Turns()
-        self._stages = Stages(bundle, self.options, lambda: self._device(), parse_budget(memory_budget), memo_bytes)
+        self._stages = Stages(
+            bundle, self.options, lambda: self._device(), parse_budget(memory_budget), memos or memo_bytes
+        )
 
     @classmethod
     def open(
@@ -84,6 +87,7 @@ class Pipeline:
         check: Check = Check.FULL,
         memory_budget: int | str | None = None,
         memo_bytes: int = MEMO_BYTES,
+        memos: Memos | None = None,
     ) -> Self:
         """Open a bundle for generation.
 
@@ -97,6 +101,7 @@ class Pipeline:
                 ``runtime.budget``, also for what is not counted).
             memo_bytes: What of text encodings and conditions is kept in the host's memory for requests that repeat
                 prompts or schedules.
+            memos: Where they are kept instead, together with those of other pipelines of this bundle.
 
         Raises:
             BundleError: If the bundle is damaged, of another schema version, or lacks a stage.
@@ -104,7 +109,7 @@ class Pipeline:
         """
         bundle = Bundle.open(path, check)
         index = 0 if device is None else device_index(device, bundle.manifest.target.backend, bundle.name)
-        return cls(bundle, EngineOptions(threads=threads, device=index), memory_budget, memo_bytes)
+        return cls(bundle, EngineOptions(threads=threads, device=index), memory_budget, memo_bytes, memos)
 
     def statistics(self) -> Statistics:
         """Return what the pipeline holds, and how often it had to load a stage or could remember an answer."""
@@ -217,6 +222,21 @@ class Pipeline:
         """
         return _result(self._encoding(prompt, Stop()))
 
+    def prepare(self, prompts: Sequence[str], stop: Stop | None = None) -> None:
+        """Encode prompts of requests to come, each encoder loaded once, where anything is remembered at all.
+
+        Raises:
+            RequestError: If a prompt is not valid Unicode text.
+            EngineError: If an engine fails.
+            CancelledError: If ``stop`` was set, or its deadline has passed.
+        """
+        stop = stop or Stop()
+        with self._turns.take(stop):
+            self._stages.watch.check_tokenizers()
+            texts = [self.inputs.text(prompt) for prompt in prompts]
+            self._stages.answer_ahead("llm", [text.llm for text in texts], stop)
+            self._stages.answer_ahead("clip", [text.clip for text in texts], stop)
+
     def condition(self, request: ResolvedRequest, text: TextEncoding) -> Conditions:
         """Compute everything that ``dit`` is told besides the latents, for all steps at once.
 
@@ -310,25 +330,12 @@ class Pipeline:
 
     def _encoding(self, prompt: str, stop: Stop) -> Generator[Event, None, TextEncoding]:
         self._stages.watch.check_tokenizers()
-        return encoding(prompt, self.inputs, self._answer, stop)
+        return encoding(prompt, self.inputs, self._stages.answer, stop)
 
     def _conditioning(
         self, request: ResolvedRequest, text: TextEncoding, stop: Stop
     ) -> Generator[Event, None, Conditions]:
-        return conditioning(request, text, self.inputs, self._answer, stop)
-
-    def _answer(self, stage: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        """Run a stage, unless it was asked the same before; nobody may alter what it answered."""
-        memo = self._stages.memo
-        key = key_of(stage, inputs) if memo.limit_bytes else b""
-        known = memo.get(key) if key else None
-        if known is not None:
-            return known
-        with self.engine(stage) as engine:
-            answer = engine.run(inputs)
-        if key:
-            memo.put(key, answer)
-        return answer
+        return conditioning(request, text, self.inputs, self._stages.answer, stop)
 
     def _sampling(
         self, request: ResolvedRequest, conditions: Conditions, latents: FloatArray, stop: Stop

@@ -6,7 +6,7 @@ The module does not know how stages are chained.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,10 +20,11 @@ from reelforge.runtime.budget import (
 )
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.bundle.watch import Watch
-from reelforge.runtime.engines.engine import Engine, EngineOptions
+from reelforge.runtime.control import Stop
+from reelforge.runtime.engines.engine import Array, Engine, EngineOptions
 from reelforge.runtime.engines.load import load_engine
 from reelforge.runtime.errors import EngineError
-from reelforge.runtime.memo import Memo
+from reelforge.runtime.memo import Memos, key_of
 from reelforge.runtime.recipe import Backend
 from reelforge.runtime.residency import Residency
 
@@ -64,7 +65,7 @@ class Stages:
         options: How engines execute.
         device: Returns the GPU's session, which all stages share and which is opened with the first.
         budget: Bytes that engines may take together; 0 keeps none; None is decided when the first is loaded.
-        memo_bytes: What may be remembered.
+        memo: What is remembered, and shared with whoever has it too; or how many bytes of it.
 
     Raises:
         BundleError: If a stage is missing.
@@ -77,10 +78,11 @@ class Stages:
         options: EngineOptions,
         device: Callable[[], DeviceSession],
         budget: int | None,
-        memo_bytes: int,
+        memo: int | Memos,
     ) -> None:
         self.watch = Watch(bundle)
-        self.memo = Memo(memo_bytes)
+        self._shares_memo = isinstance(memo, Memos)
+        self.memo = memo if isinstance(memo, Memos) else Memos(memo)
         self._bundle = bundle
         self._options = options
         self._device = device
@@ -110,6 +112,43 @@ class Stages:
         with self.residency.lease(stage) as engine:
             yield engine
 
+    def answer(self, stage: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Run a stage, unless it was asked the same before; nobody may alter what it answered.
+
+        Raises:
+            EngineError: If the engine cannot be loaded or fails.
+        """
+        memo = self.memo.of(stage)
+        key = key_of(stage, inputs) if memo.limit_bytes else b""
+        known = memo.get(key) if key else None
+        if known is not None:
+            return known
+        with self.lease(stage) as engine:
+            answer = engine.run(inputs)
+        if key:
+            memo.put(key, answer)
+        return answer
+
+    def answer_ahead(self, stage: str, wanted: Sequence[Mapping[str, Array]], stop: Stop) -> None:
+        """Run a stage for several inputs that it was not asked before, loaded once, and remember the answers.
+
+        One call each: what a stage says to one input must not depend on which others were there, and products over
+        more rows are summed in another order.
+
+        Raises:
+            EngineError: If the engine cannot be loaded or fails.
+            CancelledError: If ``stop`` ends it.
+        """
+        memo = self.memo.of(stage)
+        unknown = {key: one for one in wanted if (key := key_of(stage, one)) not in memo}
+        if not unknown or not memo.limit_bytes:
+            return
+        stop.check(f"stage {stage!r}")
+        with self.lease(stage) as engine:
+            for number, (key, one) in enumerate(unknown.items(), 1):
+                stop.check(f"prompt {number} of {len(unknown)} of stage {stage!r}")
+                memo.put(key, engine.run(one))
+
     @property
     def is_forked(self) -> bool:
         """Whether this process is not the one that opened the bundle."""
@@ -138,15 +177,16 @@ class Stages:
             self.residency.resident,
             self.residency.loads,
             self.residency.evictions,
-            self.memo.hits,
-            self.memo.misses,
-            self.memo.bytes,
+            self.memo.text.hits + self.memo.conditions.hits,
+            self.memo.text.misses + self.memo.conditions.misses,
+            self.memo.text.bytes + self.memo.conditions.bytes,
         )
 
     def close(self) -> None:
         """Close the engines and forget what they answered; a later use loads them again."""
         self.residency.close()
-        self.memo.clear()
+        if not self._shares_memo:
+            self.memo.clear()
 
     def _load(self, stage: str) -> Engine:
         self.watch.check_stage(stage)
