@@ -34,9 +34,11 @@ from reelforge.runtime.events import Event, FloatArray, Frames, Notice, Pixels, 
 from reelforge.runtime.latents_file import write_latents
 from reelforge.runtime.memo import Memos
 from reelforge.runtime.noise import gaussian_noise
+from reelforge.runtime.preview import ColourMap, Previews
 from reelforge.runtime.prompt_stages import conditioning, encoding
 from reelforge.runtime.request import Request, ResolvedRequest, resolve_request
-from reelforge.runtime.sampling import begin_loop, take_step
+from reelforge.runtime.resume import check_first_step, kept
+from reelforge.runtime.sampling import SamplingError, begin_loop, take_step
 from reelforge.runtime.stage_inputs import Conditions, StageInputs, TextEncoding
 from reelforge.runtime.stages import Stages, Statistics
 from reelforge.runtime.turns import Turns
@@ -74,6 +76,7 @@ class Pipeline:
         self.inputs = StageInputs(bundle)
         self._session: DeviceSession | None = None
         self._turns = Turns()
+        self._colours = ColourMap(self.spec.vae)
         self._stages = Stages(
             bundle, self.options, lambda: self._device(), parse_budget(memory_budget), memos or memo_bytes
         )
@@ -163,6 +166,8 @@ class Pipeline:
         latents: FloatArray | None = None,
         save_latents: str | Path | None = None,
         stop: Stop | None = None,
+        previews: bool = False,
+        first_step: int = 0,
     ) -> Generator[Event, None, None]:
         """Like :meth:`generate`, but yield every event: progress, notices, and frames as soon as they are final.
 
@@ -171,8 +176,11 @@ class Pipeline:
         Args:
             request: What to generate.
             latents: Initial noise ``[1, C, T, H, W]`` float32 instead of the seed's.
-            save_latents: A ``.npy`` file for the final latents, written before decoding begins.
+            save_latents: A ``.npy`` file for the final latents, written before decoding begins. If a step fails, what
+                the steps before it made is written beside it.
             stop: Ends the work early.
+            previews: Show in the progress what the latents look like (see ``runtime.preview``).
+            first_step: Begin the loop there, with ``latents`` as the step before left them (``SamplingError.step``).
 
         Raises:
             RequestError: If the bundle does not support the request.
@@ -183,8 +191,9 @@ class Pipeline:
         resolved = self.resolve(request)
         sizes = video_sizes(self.spec, resolved.shape, resolved.steps)
         self._stages.check_budget(sizes, f"a video of {resolved.shape}")
+        check_first_step(first_step, resolved.steps, latents)
         initial = self._initial_latents(resolved, latents)
-        return self._generation(resolved, initial, save_latents, stop or Stop())
+        return self._generation(resolved, initial, save_latents, stop or Stop(), previews, first_step)
 
     async def generate_async(
         self,
@@ -315,7 +324,13 @@ class Pipeline:
         self.close()
 
     def _generation(
-        self, request: ResolvedRequest, latents: FloatArray, save_latents: str | Path | None, stop: Stop
+        self,
+        request: ResolvedRequest,
+        latents: FloatArray,
+        save_latents: str | Path | None,
+        stop: Stop,
+        previews: bool,
+        first_step: int,
     ) -> Generator[Event, None, None]:
         with self._turns.take(stop):
             self._stages.expect(video_sizes(self.spec, request.shape, request.steps))
@@ -323,10 +338,15 @@ class Pipeline:
             for notice in text.notices:
                 yield Notice(notice)
             conditions = yield from self._conditioning(request, text, stop)
-            final = yield from self._sampling(request, conditions, latents, stop)
+            shown = Previews(self._colours, request.steps, request.shift) if previews else None
+            try:
+                final = yield from self._sampling(request, conditions, latents, stop, first_step, shown)
+            except SamplingError as error:
+                raise error if save_latents is None else kept(error, Path(save_latents)) from error.__cause__
             if save_latents is not None:
                 write_latents(Path(save_latents), final)
-            yield from self._decoding(final, stop, "" if save_latents is None else str(save_latents))
+            frames = self._decoding(final, stop, "" if save_latents is None else str(save_latents))
+            yield from self._colours.learning(final, frames) if previews else frames
 
     def _encoding(self, prompt: str, stop: Stop) -> Generator[Event, None, TextEncoding]:
         self._stages.watch.check_tokenizers()
@@ -338,17 +358,24 @@ class Pipeline:
         return conditioning(request, text, self.inputs, self._stages.answer, stop)
 
     def _sampling(
-        self, request: ResolvedRequest, conditions: Conditions, latents: FloatArray, stop: Stop
+        self,
+        request: ResolvedRequest,
+        conditions: Conditions,
+        latents: FloatArray,
+        stop: Stop,
+        first_step: int = 0,
+        previews: Previews | None = None,
     ) -> Generator[Event, None, FloatArray]:
         """Step through the loop; the latents come back after each step, so that a failure cannot lose them."""
         total = request.steps
         with self.engine("dit") as dit, begin_loop(dit, latents, conditions.fixed, conditions.per_step) as loop:
             started = time.monotonic()
-            for step in range(total):
+            for step in range(first_step, total):
                 stop.check(f"step {step + 1} of {total}")
-                latents = take_step(loop, step, total, latents)
-                pace_s = (time.monotonic() - started) / (step + 1)
-                yield Progress("sampling", step + 1, total, pace_s * (total - step - 1))
+                before, latents = latents, take_step(loop, step, total, latents)
+                pace_s = (time.monotonic() - started) / (step + 1 - first_step)
+                shown = None if previews is None else previews.after(step, before, latents)
+                yield Progress("sampling", step + 1, total, pace_s * (total - step - 1), shown)
         return latents
 
     def _decoding(self, latents: FloatArray, stop: Stop, saved: str = "") -> Generator[Event, None, None]:

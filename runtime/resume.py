@@ -1,0 +1,57 @@
+"""A sampling loop that failed, and how it goes on: what the steps before made is written down, and begun from again.
+
+The module knows neither engines nor why a step failed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from reelforge.runtime.errors import OutputError, RequestError
+from reelforge.runtime.events import FloatArray
+from reelforge.runtime.latents_file import write_latents
+from reelforge.runtime.sampling import SamplingError
+
+
+def check_first_step(first_step: int, steps: int, latents: FloatArray | None) -> None:
+    """Check where a loop is to begin.
+
+    Raises:
+        RequestError: If there is no such step, or nothing to begin it with.
+    """
+    if type(first_step) is not int or not 0 <= first_step < steps:
+        raise RequestError(
+            "there is no such step to begin with.",
+            received=f"first_step={first_step!r}",
+            expected=f"a whole number in 0..{steps - 1}, since the request has {steps} steps",
+            fix="use the same number of steps as the run that failed, and its error.step",
+        )
+    if first_step and latents is None:
+        raise RequestError(
+            f"step {first_step + 1} cannot begin without the latents of the step before.",
+            received=f"first_step={first_step} and no latents",
+            expected="latents, as error.latents of the run that failed or the file that it wrote",
+            fix="pass latents=, or leave first_step out",
+        )
+
+
+def kept(error: SamplingError, save_latents: Path) -> SamplingError:
+    """Write the latents of a failed loop beside where the final ones would have been, and return an error that says so.
+
+    The file of ``x.npy`` is ``x.step-7.npy`` if ``first_step=7`` goes on with it. If it cannot be written, the error is
+    the one that was there: it carries the latents, too.
+    """
+    path = save_latents.with_name(f"{save_latents.stem}.step-{error.step}{save_latents.suffix}")
+    try:
+        write_latents(path, error.latents)
+    except OutputError:
+        return error
+    go_on = f"the steps before are kept in {str(path)!r}: go on with latents= of it and first_step={error.step}"
+    return SamplingError(
+        error.where,
+        error.step,
+        error.latents,
+        received=error.received,
+        expected=error.expected,
+        fix=f"{error.fix}; {go_on}" if error.fix else go_on,
+    )

@@ -1,0 +1,100 @@
+"""A loop that fails: what the steps before made is kept, named, and begun from again with equal bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from reelforge.runtime import Frames, Pipeline, Progress, Request
+from reelforge.runtime.bundle.open import Bundle
+from reelforge.runtime.engines.engine import Array, Engine, EngineOptions
+from reelforge.runtime.errors import EngineError, RequestError
+from reelforge.runtime.sampling import SamplingError
+
+REQUEST = Request("a ball", height=32, width=48, frames=5, steps=6, seed=3)
+
+
+class FailingPipeline(Pipeline):
+    """A pipeline whose ``dit`` fails at one call, with an error or with numbers that are none."""
+
+    failing = -1
+    with_nan = False
+
+    @contextmanager
+    def engine(self, stage: str) -> Iterator[Engine]:
+        with super().engine(stage) as engine:
+            yield _Failing(engine, self) if stage == "dit" else engine
+
+
+class _Failing:
+    def __init__(self, engine: Engine, pipeline: FailingPipeline) -> None:
+        self.name, self.inputs, self.outputs = engine.name, engine.inputs, engine.outputs
+        self._engine, self._pipeline, self._calls = engine, pipeline, 0
+
+    def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array | None] | None = None) -> dict[str, Array]:
+        self._calls += 1
+        fails = self._calls == self._pipeline.failing
+        if fails and not self._pipeline.with_nan:
+            raise EngineError("the machine is on fire.", fix="water")
+        result = self._engine.run(inputs, outputs)
+        if fails:
+            result["next_latents"][0, 0, 0, 0, 0] = np.nan
+        return result
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+@pytest.fixture
+def failing(fake_bundle: Path) -> FailingPipeline:
+    return FailingPipeline(Bundle.open(fake_bundle), EngineOptions(threads=1), memory_budget="1GB")
+
+
+@pytest.mark.parametrize("with_nan", [False, True])
+@pytest.mark.parametrize("step", [0, 3, 5])
+def test_a_run_goes_on_where_it_failed(
+    failing: FailingPipeline, fake_bundle: Path, tmp_path: Path, step: int, with_nan: bool
+) -> None:
+    expected = Pipeline.open(fake_bundle, threads=1).generate(REQUEST)
+    failing.failing, failing.with_nan = step + 1, with_nan
+    with pytest.raises(SamplingError, match=rf"step {step + 1} of 6 of stage 'dit'") as caught:
+        failing.generate(REQUEST, save_latents=tmp_path / "x.npy")
+    path = tmp_path / f"x.step-{step}.npy"
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert f"are kept in '{path}': go on with latents= of it and first_step={step}" in str(caught.value)
+    assert with_nan or "fix: water; the steps" in str(caught.value)
+    assert caught.value.step == step
+    np.testing.assert_array_equal(np.load(path), caught.value.latents)
+    failing.failing = -1
+    events = list(failing.stream(REQUEST, latents=np.load(path), first_step=step))
+    frames = [event.pixels for event in events if isinstance(event, Frames)]
+    np.testing.assert_array_equal(np.concatenate(frames), expected)
+    steps = [event.step for event in events if isinstance(event, Progress) and event.phase == "sampling"]
+    assert steps == list(range(step + 1, 7))
+
+
+def test_without_a_file_the_error_has_the_latents(failing: FailingPipeline, tmp_path: Path) -> None:
+    failing.failing = 3
+    with pytest.raises(SamplingError) as caught:
+        failing.generate(REQUEST)
+    assert caught.value.latents.shape == (1, 4, 2, 4, 6)
+    assert caught.value.fix == "water"
+    with pytest.raises(SamplingError) as caught:
+        failing.generate(REQUEST, save_latents=tmp_path / "nowhere" / "x.npy")
+    assert caught.value.fix == "water", "that the latents cannot be written does not hide why the step failed"
+
+
+@pytest.mark.parametrize("first_step", [-1, 6, True, 1.0])
+def test_steps_that_are_none(failing: FailingPipeline, first_step: int) -> None:
+    with pytest.raises(RequestError, match="no such step to begin with") as caught:
+        failing.stream(REQUEST, first_step=first_step)
+    assert "in 0..5, since the request has 6 steps" in str(caught.value)
+
+
+def test_a_later_step_needs_latents(failing: FailingPipeline) -> None:
+    with pytest.raises(RequestError, match="step 3 cannot begin without the latents"):
+        failing.stream(REQUEST, first_step=2)
