@@ -19,7 +19,8 @@ from typing import Self
 from reelforge.runtime.bundle.open import Check
 from reelforge.runtime.control import Stop
 from reelforge.runtime.errors import RequestError
-from reelforge.runtime.pipeline import Pipeline
+from reelforge.runtime.memo import Memos
+from reelforge.runtime.pipeline import MEMO_BYTES, Pipeline
 from reelforge.runtime.request import Request, ResolvedRequest
 from reelforge.runtime.scheduling.dispatch import Dispatch
 from reelforge.runtime.scheduling.event_log import EventLog
@@ -94,6 +95,8 @@ class PipelinePool:
         failures: FailurePolicy | None = None,
         threads: int | None = None,
         check: Check = Check.FULL,
+        memory_budget: int | str | None = None,
+        memo_bytes: int = MEMO_BYTES,
     ) -> PipelinePool:
         """Open a bundle on devices.
 
@@ -104,15 +107,18 @@ class PipelinePool:
             failures: What becomes of a pipeline that fails.
             threads: Threads per operator of each pipeline; None means one per core.
             check: How thoroughly the bundle is checked, once; pipelines after the first look at sizes only.
+            memory_budget: What loaded stages of each pipeline may take (see :meth:`Pipeline.open`).
+            memo_bytes: What of text encodings and conditions is kept in the host's memory, for all pipelines together.
 
         Raises:
             BundleError: If the bundle is damaged, of another schema version, or lacks a stage.
-            RequestError: If it was not built for a device, or there is none.
+            RequestError: If it was not built for a device, there is none, or the budget does not suffice.
         """
+        memos = Memos(memo_bytes)
         checks = itertools.chain([check], itertools.repeat(Check.SIZES))
 
         def open_pipeline(device: str) -> Pipeline:
-            return Pipeline.open(path, device, threads=threads, check=next(checks))
+            return Pipeline.open(path, device, threads, next(checks), memory_budget, memos=memos)
 
         return cls(open_pipeline, devices, queue, failures)
 

@@ -120,9 +120,11 @@ def _prepare(dispatch: Dispatch, job: Job, pipeline: Generates, together: int) -
     if job.prepared or together < 2 or not isinstance(pipeline, Prepares):
         return
     others = dispatch.companions(together - 1)
-    if not others:
+    resolved = [one.order.resolved for one in (job, *others)]
+    texts = [text for one in resolved for text in (one.prompt, one.negative_prompt) if text is not None]
+    prompts = list(dict.fromkeys(texts))
+    if len(prompts) < 2:
         return
-    prompts = list(dict.fromkeys(one.order.resolved.prompt for one in (job, *others)))
     try:
         pipeline.prepare(prompts, stop=job.stop)
     except ReelforgeError:
