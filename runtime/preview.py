@@ -42,7 +42,7 @@ class ColourMap:
         return bool(self._squares[-1, -1])
 
     def learn(self, latents: FloatArray, frames: Frames) -> None:
-        """Take decoded frames into account.
+        """Take decoded frames into account: of those that share a latent frame, the last.
 
         Args:
             latents: Final latents ``[1, C, T, H, W]`` of the whole video.
@@ -50,7 +50,9 @@ class ColourMap:
         """
         side = self._vae.spatial_compression
         for number, frame in enumerate(frames.values, frames.start):
-            place = -(-number // self._vae.temporal_compression)  # the first latent frame is one frame, others are four
+            place, rest = divmod(number, self._vae.temporal_compression)  # the first latent frame is one frame
+            if rest:
+                continue
             channels = _with_one(latents[0, :, place])
             height, width, _ = frame.shape
             colours = frame.reshape(height // side, side, width // side, side, 3).mean(axis=(1, 3)).reshape(-1, 3)
@@ -76,8 +78,10 @@ class ColourMap:
         squares[np.diag_indices_from(squares)] += _RIDGE * np.trace(squares) / len(squares)
         weights = np.linalg.solve(squares, products).astype(np.float32)
         flat = latents[0].reshape(len(weights) - 1, -1)
-        colours = flat.T @ weights[:-1] + weights[-1]
-        return to_uint8(np.clip(colours, 0.0, 1.0, out=colours)).reshape(*shape, 3)
+        colours = weights[:-1].T @ flat
+        colours += weights[-1][:, None]
+        pixels = to_uint8(np.clip(colours, 0.0, 1.0, out=colours))
+        return np.ascontiguousarray(pixels.T).reshape(*shape, 3)
 
 
 class Previews:
