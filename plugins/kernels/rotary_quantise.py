@@ -5,7 +5,8 @@ and both stored as int8 with a scale per group of tokens. The mean needs all tok
 is a kernel of its own, which leaves partial sums. A softmax is invariant to any vector taken off all keys: the mean
 only has to be the same for all of them, and is there to make the codes' range small.
 
-Bytes per element of q and k together, tables aside: 2 + 2 + 2 read and 1 + 1 written; k is read twice.
+Bytes per element of q and k together, tables aside: 2 + 2 + 2 read and 1 + 1 written; k is read twice. Each head reads
+8 bytes of tables besides, per element of q: programs that run side by side are heads of the same tokens.
 """
 
 import triton
