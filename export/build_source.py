@@ -21,7 +21,7 @@ from reelforge.export.family import FAMILIES, Family
 from reelforge.export.prompt_template import find_prompt_template
 from reelforge.export.quantisation import attention_formats
 from reelforge.export.stage import Stage
-from reelforge.export.target_rules import check_bases, check_sparse_attention, default_base
+from reelforge.export.target_rules import check_bases, check_sparse_attention, default_base, stage_bases
 from reelforge.export.tokenizers import tokenizer_json
 from reelforge.export.weights import resolve_stages
 from reelforge.runtime.bundle.write import BundleWriter
@@ -84,8 +84,13 @@ class BuildSource:
                 precisions that the target does not compute in.
         """
         request, target = self.request, self.request.target
+        own = stage_bases(target, request.precision)
+        known = {stage: base for stage, base in own.items() if stage in self.family.stage_names}
         precision = resolve_precisions(
-            request.precision, self.family.stage_names, self.family.quantised_by_default, default_base(target)
+            {**known, **request.precision},
+            self.family.stage_names,
+            self.family.quantised_by_default,
+            default_base(target),
         )
         recipe = Recipe(
             {stage.name: precision[stage.name] for stage in self.chosen_stages()},

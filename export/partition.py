@@ -36,6 +36,8 @@ def partition(stage: Stage, sizes: Mapping[str, int], limit_bytes: int) -> tuple
     Returns:
         The parts in the order they run, named ``<stage>.0`` and so on; the stage itself if it need not be cut.
     """
+    if not sum(sizes.values()):
+        return (stage,)
     units = list(_units(stage, sizes))
     groups = _fill(units, limit_bytes)
     if len(groups) == 1:

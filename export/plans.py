@@ -167,6 +167,8 @@ class PlanMaker:
             base: What everything else becomes in the plan.
         """
         sizes = plan_sizes(stage, weights, base)
+        if not sizes:  # a stage of arithmetic only
+            return (stage,)
         eight_bit = sum(size for name, size in sizes.items() if weights[name].dtype in EIGHT_BIT_DTYPES)
         return partition(stage, sizes, weights_that_fit(self.memory_bytes, eight_bit / sum(sizes.values())))
 

@@ -104,6 +104,9 @@ def test_fp8_is_complete(fp8: BuildRequest) -> None:
     assert made.precisions("attention") == {"FP8": ATTENTIONS}
     for stage in ("llm", "clip", "refiner"):
         assert set(receipt(fp8.output, bundle.manifest, stage).precisions("attention")) == {"BFloat16"}
+    convolutions = receipt(fp8.output, bundle.manifest, "vae_decoder").precisions("convolution")
+    assert set(convolutions) == {"Half"}
+    assert bundle.manifest.recipe.precision["vae_decoder"] is Precision.FP16
     for entry in bundle.manifest.stages:
         (plan,) = entry.plans
         assert plan.architectures == ("sm89", "sm120")

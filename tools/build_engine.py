@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     "--precision",
     help="fp32, bf16, fp16, int8 or fp8; or by stage, e.g. dit=fp8,llm=int8,vae_decoder=fp16. A lone int8 or fp8 means "
     "the layers of dit. Norms, softmax, latents and timesteps are always fp32. By default fp32 on the CPU, bf16 for "
-    "plans (fp16 with sm75).",
+    "plans (fp16 with sm75, and of vae_decoder).",
 )
 @click.option(
     "--high-precision",

@@ -198,3 +198,7 @@ def test_rows_that_blocks_read_are_made_in_one_part(tiny: TinyStages) -> None:
     parts = partition(inner, sizes(inner), blocks(inner))
     makers = [part for part in parts if any("double_modulation[i]" in each.outputs for each in part.parts)]
     assert len(makers) == 1
+
+
+def test_a_stage_without_weights_is_not_cut(tiny: TinyStages) -> None:
+    assert partition(tiny.stages["dit"], {}, 0) == (tiny.stages["dit"],)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from reelforge.export.engines.requirements import takes
-from reelforge.export.target_rules import BASE_RULES, check_bases, check_sparse_attention, default_base
+from reelforge.export.target_rules import BASE_RULES, check_bases, check_sparse_attention, default_base, stage_bases
 from reelforge.runtime.architectures import ARCHITECTURES
 from reelforge.runtime.errors import RequestError
 from reelforge.runtime.recipe import Backend, Precision, Recipe, SparseAttention, SparseKind, Target
@@ -27,6 +27,27 @@ FP32, BF16, FP16, INT8, FP8 = (Precision(word) for word in ("fp32", "bf16", "fp1
 def test_defaults(target: str, alone: Precision, beside: Precision) -> None:
     assert default_base(Target.parse(target)) is alone
     assert default_base(Target.parse(target), beside_8_bit=True) is beside
+
+
+@pytest.mark.parametrize(
+    ("target", "chosen", "own"),
+    [
+        ("rtx:sm89", {}, {"vae_decoder": FP16}),
+        ("trt:sm90", {}, {"vae_decoder": FP16}),
+        ("rtx:sm89", {"*": FP8}, {"vae_decoder": FP16}),
+        ("rtx:sm89", {"dit": INT8}, {"vae_decoder": FP16}),
+        ("rtx:sm89", {"*": BF16}, {}),
+        ("rtx:sm89", {"vae_decoder": BF16}, {}),
+        ("rtx:sm89", {"*": FP8, "vae_decoder": BF16}, {}),
+        ("rtx:sm75", {}, {}),
+        ("cpu", {}, {}),
+        ("cuda", {}, {}),
+    ],
+)
+def test_the_vae_has_a_default_of_its_own_where_others_have_bf16(
+    target: str, chosen: dict[str, Precision], own: dict[str, Precision]
+) -> None:
+    assert stage_bases(Target.parse(target), chosen) == own
 
 
 @pytest.mark.parametrize("backend", Backend)
