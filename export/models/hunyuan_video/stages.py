@@ -43,6 +43,8 @@ STAGE_NAMES = ("llm", "clip", "refiner", "modulation", "dit", "guidance", "vae_d
 # only. fp16: 11-bit products through up to 60 residual blocks; measured on random weights, with a factor of two in
 # hand.
 _TOLERANCE = {"fp32": 2e-5, "fp16": 2e-2}
+# bf16: 8-bit products; in it the demonstration checkpoint's decoder is 3.4e-2 off at most (fp16: 5e-3).
+_VAE_TOLERANCE = {**_TOLERANCE, "bf16": 1e-1}
 
 
 def hunyuan_video_stages(spec: ModelSpec, batch: int = 1, sparse: SparseAttention | None = None) -> tuple[Stage, ...]:
@@ -286,5 +288,5 @@ def _vae_decoder(spec: ModelSpec) -> Stage:
         },
         inputs=("latent_tile",),
         outputs=("frame_tile",),
-        tolerance=_TOLERANCE,
+        tolerance=_VAE_TOLERANCE,
     )
