@@ -73,8 +73,8 @@ STAGE_BASES: Mapping[str, Precision] = {"vae_decoder": Precision.FP16}
 
 The decoder's values lie far inside of fp16's range, and its rounding is in the picture. Demonstration checkpoint in
 PyTorch on a CPU, against fp32: 78 dB in fp16 and 58 dB in bf16 on sampled latents (74 and 54 dB on random ones), no
-value above 25. That the published decoder does not overflow was not measured here: its authors run it in fp16 (the default of
-``--vae-precision`` in Tencent's HunyuanVideo), and so does diffusers' page of ``AutoencoderKLHunyuanVideo``.
+value above 25. That the published decoder does not overflow was not measured here: its authors run it in fp16 (the
+default of ``--vae-precision`` in Tencent's HunyuanVideo), and so does diffusers' page of ``AutoencoderKLHunyuanVideo``.
 """
 
 
