@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -29,13 +29,11 @@ from reelforge.runtime.decode import check_latents, decoding
 from reelforge.runtime.devices import device_index
 from reelforge.runtime.dimensions import video_sizes
 from reelforge.runtime.engines.engine import Engine, EngineOptions
-from reelforge.runtime.errors import RequestError
 from reelforge.runtime.events import Event, FloatArray, Frames, Notice, Pixels, Progress
 from reelforge.runtime.latents_file import write_latents
 from reelforge.runtime.memo import Memos
-from reelforge.runtime.noise import gaussian_noise
 from reelforge.runtime.preview import ColourMap, Previews
-from reelforge.runtime.prompt_stages import conditioning, encoding
+from reelforge.runtime.prompt_stages import conditioning, encoding, result_of
 from reelforge.runtime.request import Request, ResolvedRequest, resolve_request
 from reelforge.runtime.resume import check_first_step, kept
 from reelforge.runtime.sampling import SamplingError, begin_loop, take_step
@@ -50,7 +48,6 @@ MEMO_BYTES = 1 << 30
 """What is remembered without a choice; 50 steps of the full size are 0.4 GB of conditions per prompt."""
 
 OnProgress = Callable[[Progress], None]
-Result = TypeVar("Result")
 
 
 class Pipeline:
@@ -122,9 +119,12 @@ class Pipeline:
         """Check a request and fill in the bundle's defaults.
 
         Raises:
-            RequestError: Listing everything that the bundle does not support.
+            RequestError: Listing everything that the bundle does not support, or saying that the budget is too small.
         """
-        return resolve_request(request, self.bundle.manifest, self.bundle.name)
+        resolved = resolve_request(request, self.bundle.manifest, self.bundle.name)
+        sizes = video_sizes(self.spec, resolved.shape, resolved.steps)
+        self._stages.check_budget(sizes, f"a video of {resolved.shape}")
+        return resolved
 
     def generate(
         self,
@@ -147,10 +147,7 @@ class Pipeline:
             uint8 ``[frames, height, width, 3]``, RGB.
 
         Raises:
-            RequestError: If the bundle does not support the request.
-            EngineError: If an engine fails.
-            OutputError: If ``save_latents`` cannot be written.
-            CancelledError: If ``stop`` was set, or its deadline has passed.
+            ReelforgeError: As :meth:`stream`.
         """
         batches = []
         for event in self.stream(request, latents, save_latents, stop):
@@ -189,10 +186,8 @@ class Pipeline:
             CancelledError: If ``stop`` was set, or its deadline has passed.
         """
         resolved = self.resolve(request)
-        sizes = video_sizes(self.spec, resolved.shape, resolved.steps)
-        self._stages.check_budget(sizes, f"a video of {resolved.shape}")
         check_first_step(first_step, resolved.steps, latents)
-        initial = self._initial_latents(resolved, latents)
+        initial = self.inputs.initial_latents(resolved, latents)
         return self._generation(resolved, initial, save_latents, stop or Stop(), previews, first_step)
 
     async def generate_async(
@@ -214,13 +209,16 @@ class Pipeline:
         latents: FloatArray | None = None,
         save_latents: str | Path | None = None,
         stop: Stop | None = None,
+        previews: bool = False,
+        first_step: int = 0,
     ) -> AsyncGenerator[Event, None]:
         """:meth:`stream` for ``async for``: made in a thread, one event ahead of the consumer and no more."""
         from reelforge.runtime import asynchronous
 
         self.resolve(request)
         stop = stop or Stop()
-        return asynchronous.stream(lambda: self.stream(request, latents, save_latents, stop), stop)
+        begin = partial(self.stream, request, latents, save_latents, stop, previews, first_step)
+        return asynchronous.stream(begin, stop)
 
     def encode_text(self, prompt: str) -> TextEncoding:
         """Run both text encoders on a prompt.
@@ -229,7 +227,7 @@ class Pipeline:
             RequestError: If the prompt is not valid Unicode text.
             EngineError: If an engine fails.
         """
-        return _result(self._encoding(prompt, Stop()))
+        return result_of(self._encoding(prompt, Stop()))
 
     def prepare(self, prompts: Sequence[str], stop: Stop | None = None) -> None:
         """Encode prompts of requests to come, each encoder loaded once, where anything is remembered at all.
@@ -252,7 +250,7 @@ class Pipeline:
         Raises:
             EngineError: If an engine fails.
         """
-        return _result(self._conditioning(request, text, Stop()))
+        return result_of(self._conditioning(request, text, Stop()))
 
     def sample(self, request: ResolvedRequest, conditions: Conditions, latents: FloatArray | None = None) -> FloatArray:
         """Run the sampling loop and return the final latents ``[1, C, T, H, W]``.
@@ -266,7 +264,7 @@ class Pipeline:
             RequestError: If ``latents`` does not have the request's shape.
             EngineError: If the engine fails or its numbers are not finite.
         """
-        return _result(self._sampling(request, conditions, self._initial_latents(request, latents), Stop()))
+        return result_of(self._sampling(request, conditions, self.inputs.initial_latents(request, latents), Stop()))
 
     def decode(self, latents: FloatArray) -> Iterator[FloatArray]:
         """Decode final latents ``[1, C, T, H, W]``.
@@ -382,19 +380,6 @@ class Pipeline:
         lend = partial(self.engine, "vae_decoder")
         return decoding(latents, lend, self.spec, stop, self._stages.residency.make_room, saved)
 
-    def _initial_latents(self, request: ResolvedRequest, latents: FloatArray | None) -> FloatArray:
-        shape = self.inputs.latent_shape(request.shape)
-        if latents is None:
-            return gaussian_noise(shape, request.seed)
-        if latents.shape != shape or latents.dtype != np.float32:
-            raise RequestError(
-                "the initial latents do not fit the request.",
-                received=f"{latents.dtype} {list(latents.shape)}",
-                expected=f"float32 {list(shape)}",
-                fix="pass noise of the request's shape, or leave it out",
-            )
-        return latents
-
     def _device(self) -> DeviceSession:
         """Return the GPU's session, which all stages share."""
         if self._session is None:
@@ -402,13 +387,3 @@ class Pipeline:
 
             self._session = open_session(self.bundle.manifest.target.backend, self.options.device)
         return self._session
-
-
-def _result(phase: Generator[Event, None, Result]) -> Result:
-    """Run a phase to its end, and return what it made."""
-    while True:
-        try:
-            next(phase)
-        except StopIteration as stop:
-            result: Result = stop.value
-            return result

@@ -7,6 +7,7 @@ matter: the module knows the stages' names and chain, and no engines.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
+from typing import TypeVar
 
 from reelforge.runtime.control import Stop
 from reelforge.runtime.engines.engine import Array
@@ -16,6 +17,8 @@ from reelforge.runtime.stage_inputs import Conditions, StageInputs, TextEncoding
 
 Ask = Callable[[str, Mapping[str, Array]], Mapping[str, Array]]
 """A stage and its inputs to its outputs, which nobody alters."""
+
+Result = TypeVar("Result")
 
 
 def encoding(prompt: str, inputs: StageInputs, ask: Ask, stop: Stop) -> Generator[Event, None, TextEncoding]:
@@ -41,3 +44,13 @@ def conditioning(
     vectors = ask("modulation", inputs.modulation(request, text))
     yield Progress("conditioning", 2, 2)
     return inputs.conditions(request, refined, vectors)
+
+
+def result_of(phase: Generator[Event, None, Result]) -> Result:
+    """Run a phase to its end, and return what it made."""
+    while True:
+        try:
+            next(phase)
+        except StopIteration as stop:
+            result: Result = stop.value
+            return result

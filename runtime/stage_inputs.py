@@ -17,7 +17,9 @@ from reelforge.runtime.attention.inputs import JointSequence, attention_inputs
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.conditioning import guidance_value, rope_tables, sinusoids
 from reelforge.runtime.engines.engine import Array
+from reelforge.runtime.errors import RequestError
 from reelforge.runtime.events import FloatArray
+from reelforge.runtime.noise import gaussian_noise
 from reelforge.runtime.recipe import VideoShape
 from reelforge.runtime.request import ResolvedRequest
 from reelforge.runtime.schedule import flow_match_sigmas, sigma_steps, timesteps
@@ -114,6 +116,24 @@ class StageInputs:
             per_step |= attention.per_step
         sigmas = flow_match_sigmas(request.steps, request.shift)
         return Conditions(fixed, {**per_step, "sigma_step": sigma_steps(sigmas)})
+
+    def initial_latents(self, request: ResolvedRequest, latents: FloatArray | None) -> FloatArray:
+        """Return the noise of a request's seed, or ``latents`` if they are given.
+
+        Raises:
+            RequestError: If ``latents`` do not have the request's shape.
+        """
+        shape = self.latent_shape(request.shape)
+        if latents is None:
+            return gaussian_noise(shape, request.seed)
+        if latents.shape != shape or latents.dtype != np.float32:
+            raise RequestError(
+                "the initial latents do not fit the request.",
+                received=f"{latents.dtype} {list(latents.shape)}",
+                expected=f"float32 {list(shape)}",
+                fix="pass noise of the request's shape, or leave it out",
+            )
+        return latents
 
     def latent_shape(self, shape: VideoShape) -> tuple[int, int, int, int, int]:
         """Return ``(1, C, T, H, W)`` of a video's latents."""
