@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from reelforge.runtime.events import Frames, Notice, Progress
     from reelforge.runtime.pipeline import Pipeline
     from reelforge.runtime.request import Request
+    from reelforge.runtime.scheduling.limits import QueueFullError, QueueLimits
+    from reelforge.runtime.scheduling.pool import PipelinePool
     from reelforge.runtime.video import VideoWriter
 
 _HOMES = {
@@ -25,7 +27,10 @@ _HOMES = {
     "Frames": "reelforge.runtime.events",
     "Notice": "reelforge.runtime.events",
     "Pipeline": "reelforge.runtime.pipeline",
+    "PipelinePool": "reelforge.runtime.scheduling.pool",
     "Progress": "reelforge.runtime.events",
+    "QueueFullError": "reelforge.runtime.scheduling.limits",
+    "QueueLimits": "reelforge.runtime.scheduling.limits",
     "ReelforgeError": "reelforge.runtime.errors",
     "Request": "reelforge.runtime.request",
     "Stop": "reelforge.runtime.control",
@@ -38,7 +43,10 @@ __all__ = [
     "Frames",
     "Notice",
     "Pipeline",
+    "PipelinePool",
     "Progress",
+    "QueueFullError",
+    "QueueLimits",
     "ReelforgeError",
     "Request",
     "Stop",

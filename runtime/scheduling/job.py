@@ -48,6 +48,7 @@ class Order:
         cost: The work it is, in steps times pixels.
         streamed: Whether frames are handed over by ``events`` and not kept for ``result``.
         save_latents: Where the final latents go.
+        previews: Whether progress shows what the latents look like.
     """
 
     request: Request
@@ -57,6 +58,7 @@ class Order:
     cost: float
     streamed: bool
     save_latents: Path | None
+    previews: bool
 
 
 class Job:

@@ -115,7 +115,8 @@ class PipelinePool:
             RequestError: If it was not built for a device, there is none, or the budget does not suffice.
         """
         memos = Memos(memo_bytes)
-        checks = itertools.chain([check], itertools.repeat(Check.SIZES))
+        # The first looks at everything for all. So does one that is opened again: a file may have been what went wrong.
+        checks = itertools.chain([check], [Check.SIZES] * (len(devices) - 1), itertools.repeat(check))
 
         def open_pipeline(device: str) -> Pipeline:
             return Pipeline.open(path, device, threads, next(checks), memory_budget, memos=memos)
@@ -131,6 +132,7 @@ class PipelinePool:
         block_s: float | None = 0.0,
         stream: bool = False,
         save_latents: str | Path | None = None,
+        previews: bool = False,
     ) -> Job:
         """Queue a request.
 
@@ -144,6 +146,7 @@ class PipelinePool:
             stream: Whether frames are handed over by ``job.events()`` as they come, in bounded memory, instead of being
                 kept for ``job.result()``.
             save_latents: A ``.npy`` file for the final latents, written before decoding begins.
+            previews: Show in the progress what the latents look like.
 
         Raises:
             RequestError: If the bundle does not support the request, or an argument makes no sense.
@@ -156,7 +159,7 @@ class PipelinePool:
         check_terms(caller, priority, deadline_s, block_s)
         resolved = self._resolve(request)
         saved = None if save_latents is None else Path(save_latents)
-        order = Order(request, resolved, caller, priority, _cost(resolved), stream, saved)
+        order = Order(request, resolved, caller, priority, _cost(resolved), stream, saved, previews)
         log = EventLog(self.limits.frames_ahead, self.limits.stall_s)
         job = Job(next(self._numbers), order, Stop(deadline_s), log, self._dispatch.withdraw)
         self._dispatch.add(job, block_s)

@@ -32,7 +32,12 @@ class Generates(Protocol):
         ...
 
     def stream(
-        self, request: Request, *, save_latents: str | Path | None = None, stop: Stop | None = None
+        self,
+        request: Request,
+        *,
+        save_latents: str | Path | None = None,
+        stop: Stop | None = None,
+        previews: bool = False,
     ) -> Generator[Event, None, None]:
         """Generate."""
         ...
@@ -107,7 +112,8 @@ def _carry_out(dispatch: Dispatch, job: Job, pipeline: Generates, together: int)
     try:
         _prepare(dispatch, job, pipeline, together)
         order = job.order
-        with closing(pipeline.stream(order.request, save_latents=order.save_latents, stop=job.stop)) as events:
+        events = pipeline.stream(order.request, save_latents=order.save_latents, stop=job.stop, previews=order.previews)
+        with closing(events):
             for event in events:
                 job.take(event)
     except BaseException as error:  # noqa: BLE001 - nobody is above this; the job carries it on

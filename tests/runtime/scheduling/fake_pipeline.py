@@ -75,7 +75,12 @@ class FakePipeline:
         return resolve_request(request, self.world.manifest, "fake")
 
     def stream(
-        self, request: Request, *, save_latents: str | Path | None = None, stop: Stop | None = None
+        self,
+        request: Request,
+        *,
+        save_latents: str | Path | None = None,
+        stop: Stop | None = None,
+        previews: bool = False,
     ) -> Generator[Event, None, None]:
         world, resolved = self.world, self.resolve(request)
         assert stop is not None
