@@ -32,6 +32,15 @@ _SEED = 20240711
 _STEPS = 3
 _PROMPT_TOKENS, _TEXT_TOKENS, _CLIP_TOKENS = 19, 7, 5
 _LATENT_FRAMES, _LATENT_SIZE = 3, 6
+_LATENT_LIKE = (
+    "velocity",
+    "negative_velocity",
+    "previous_latents",
+    "computed_latents",
+    "earlier_latents",
+    "earlier_velocity",
+)
+_WEIGHTS = {"scale": 6.0, "residual_weight": 1.0, "trend_weight": 0.5}
 
 
 @dataclass(frozen=True)
@@ -120,6 +129,7 @@ def _inputs(spec: ModelSpec, recipe: Recipe) -> dict[str, np.ndarray]:
     random = np.random.Generator(np.random.Philox(_SEED))
     dit, llm, clip = spec.dit, spec.llm, spec.clip
     videos = recipe.batch
+    latents = (videos, dit.latent_channels, _LATENT_FRAMES, _LATENT_SIZE, _LATENT_SIZE + 2)
     grid = (_LATENT_FRAMES, _LATENT_SIZE // dit.patch[1], (_LATENT_SIZE + 2) // dit.patch[2])
     cos, sin = rope_tables(grid, dit.rope_axes, dit.rope_theta)
     sigmas = flow_match_sigmas(_STEPS, spec.defaults.shift)
@@ -143,7 +153,7 @@ def _inputs(spec: ModelSpec, recipe: Recipe) -> dict[str, np.ndarray]:
             [guidance_value(spec.defaults.guidance, spec.guidance_rounding)], dit.sinusoid_width
         ),
         "pooled_text": normal(1, dit.pooled_width),
-        "latents": normal(videos, dit.latent_channels, _LATENT_FRAMES, _LATENT_SIZE, _LATENT_SIZE + 2),
+        "latents": normal(*latents),
         "text": normal(videos, _TEXT_TOKENS, dit.width),
         "double_modulation": 0.3 * normal(videos, dit.double_blocks, 2, 6, dit.width),
         "single_modulation": 0.3 * normal(videos, dit.single_blocks, 3, dit.width),
@@ -153,6 +163,8 @@ def _inputs(spec: ModelSpec, recipe: Recipe) -> dict[str, np.ndarray]:
         "sigma_step": np.array(sigmas[1] - sigmas[0], dtype=np.float32),
         "text_lengths": np.arange(videos, dtype=np.int64) % _TEXT_TOKENS + 1,
         "latent_tile": normal(1, spec.vae.latent_channels, _LATENT_FRAMES, _LATENT_SIZE, _LATENT_SIZE + 2),
+        **{name: normal(*latents) for name in _LATENT_LIKE},
+        **{name: np.array(weight, np.float32) for name, weight in _WEIGHTS.items()},
         **chosen,
     }
 

@@ -24,6 +24,7 @@ class Progress:
         total: Its units.
         eta_s: Seconds until the phase ends, from the pace so far; None before there is one.
         preview: uint8 ``[T, H, W, 3]``, what the latents look like so far; None where none was asked for.
+        skipped: Sampling steps so far that reused earlier ones instead of evaluating the model.
     """
 
     phase: str
@@ -31,6 +32,7 @@ class Progress:
     total: int
     eta_s: float | None = None
     preview: Pixels | None = None
+    skipped: int = 0
 
 
 @dataclass(frozen=True)

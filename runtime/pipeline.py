@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -35,8 +36,9 @@ from reelforge.runtime.memo import Memos
 from reelforge.runtime.preview import ColourMap, Previews
 from reelforge.runtime.prompt_stages import conditioning, encoding, result_of
 from reelforge.runtime.request import Request, ResolvedRequest, resolve_request
+from reelforge.runtime.request_loop import requested_loop
 from reelforge.runtime.resume import check_first_step, kept
-from reelforge.runtime.sampling import SamplingError, begin_loop, take_step
+from reelforge.runtime.sampling import SamplingError, take_step
 from reelforge.runtime.stage_inputs import Conditions, StageInputs, TextEncoding
 from reelforge.runtime.stages import Stages, Statistics
 from reelforge.runtime.turns import Turns
@@ -336,6 +338,9 @@ class Pipeline:
             for notice in text.notices:
                 yield Notice(notice)
             conditions = yield from self._conditioning(request, text, stop)
+            if request.negative_prompt is not None:
+                away_from = result_of(self._encoding(request.negative_prompt, stop))
+                conditions = replace(conditions, negative=result_of(self._conditioning(request, away_from, stop)))
             shown = Previews(self._colours, request.steps, request.shift) if previews else None
             try:
                 final = yield from self._sampling(request, conditions, latents, stop, first_step, shown)
@@ -366,14 +371,14 @@ class Pipeline:
     ) -> Generator[Event, None, FloatArray]:
         """Step through the loop; the latents come back after each step, so that a failure cannot lose them."""
         total = request.steps
-        with self.engine("dit") as dit, begin_loop(dit, latents, conditions.fixed, conditions.per_step) as loop:
+        with requested_loop(request, conditions, latents, self.engine) as loop:
             started = time.monotonic()
             for step in range(first_step, total):
                 stop.check(f"step {step + 1} of {total}")
                 before, latents = latents, take_step(loop, step, total, latents)
                 pace_s = (time.monotonic() - started) / (step + 1 - first_step)
                 shown = None if previews is None else previews.after(step, before, latents)
-                yield Progress("sampling", step + 1, total, pace_s * (total - step - 1), shown)
+                yield Progress("sampling", step + 1, total, pace_s * (total - step - 1), shown, skipped=loop.skipped)
         return latents
 
     def _decoding(self, latents: FloatArray, stop: Stop, saved: str = "") -> Generator[Event, None, None]:

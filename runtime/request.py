@@ -16,6 +16,7 @@ from reelforge.runtime.errors import RequestError
 from reelforge.runtime.manifest import Manifest, ProfileEntry
 from reelforge.runtime.noise import MAX_SEED
 from reelforge.runtime.recipe import VideoShape
+from reelforge.runtime.step_cache.settings import StepCache
 from reelforge.runtime.tokenize import clean_prompt
 
 Number = TypeVar("Number", int, float)
@@ -53,6 +54,7 @@ class Request:
         negative_prompt: What to keep away from; only with a ``cfg_scale`` above 1. None means an empty prompt.
         shift: Shift of the flow-matching schedule.
         attention: What the attention of ``dit`` leaves out; only for bundles built for that.
+        step_cache: Which steps may reuse the velocity of earlier ones (see ``runtime.step_cache``); None computes all.
     """
 
     prompt: str
@@ -66,6 +68,7 @@ class Request:
     attention: AttentionTable | None = None
     cfg_scale: float | None = None
     negative_prompt: str | None = None
+    step_cache: StepCache | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class ResolvedRequest:
     attention: AttentionTable = DENSE
     cfg_scale: float = NO_GUIDANCE
     negative_prompt: str | None = None
+    step_cache: StepCache | None = None
 
 
 _SHOWN_BITS = 128
@@ -121,6 +125,7 @@ def resolve_request(request: Request, manifest: Manifest, bundle_name: str) -> R
         problems.append(_Problem(said, "no guidance: this model takes none", "leave guidance out"))
     negative, guidance_problems = _cfg(request, manifest)
     problems += guidance_problems
+    problems += _step_cache_problems(request.step_cache, manifest)
     if manifest.target.backend.has_plans and not problems:
         problems += _plan_problems(VideoShape(**sizes), steps, manifest)
     if request.attention is not None and not problems:
@@ -136,7 +141,16 @@ def resolve_request(request: Request, manifest: Manifest, bundle_name: str) -> R
     shape, attention = VideoShape(**sizes), request.attention or DENSE
     cfg_scale = float(_default(request.cfg_scale, NO_GUIDANCE))
     return ResolvedRequest(
-        prompt, shape, steps, request.seed, float(guidance), float(shift), attention, cfg_scale, negative
+        prompt,
+        shape,
+        steps,
+        request.seed,
+        float(guidance),
+        float(shift),
+        attention,
+        cfg_scale,
+        negative,
+        request.step_cache,
     )
 
 
@@ -151,6 +165,22 @@ def default_shape(manifest: Manifest) -> VideoShape:
 
 def _default(value: Number | None, default: Number) -> Number:
     return default if value is None else value
+
+
+def _step_cache_problems(cache: object, manifest: Manifest) -> list[_Problem]:
+    if cache is None:
+        return []
+    if not isinstance(cache, StepCache):
+        example = "StepCache.parse('easycache:0.025')"
+        return [_Problem(f"step_cache={_shown(cache)}", "step_cache a StepCache", f"use {example}, or leave it out")]
+    problems = [_Problem(f"step_cache {one.received}", one.expected, one.fix) for one in cache.problems()]
+    missing = [] if problems else [stage for stage in cache.method.stages if manifest.stage(stage) is None]
+    if missing:
+        expected = f"no step_cache: the bundle has no stage {' and no '.join(map(repr, missing))}"
+        problems.append(
+            _Problem(f"step_cache={cache.method.value}", expected, "leave it out, or rebuild with build-engine")
+        )
+    return problems
 
 
 def _cfg(request: Request, manifest: Manifest) -> tuple[str | None, list[_Problem]]:

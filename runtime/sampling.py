@@ -33,7 +33,13 @@ class SamplingError(EngineError):
 
 
 class StepLoop(Protocol):
-    """A sampling loop that has begun."""
+    """A sampling loop that has begun.
+
+    Attributes:
+        skipped: Steps so far for which the model was not evaluated.
+    """
+
+    skipped: int
 
     def advance(self, step: int) -> None:
         """Run one step, to its end."""
@@ -61,6 +67,7 @@ class HostLoop:
     """A loop whose latents are in two arrays that the steps write in turn."""
 
     def __init__(self, dit: Engine, latents: Array, fixed: Mapping[str, Array], per_step: Mapping[str, Array]) -> None:
+        self.skipped = 0
         self._dit = dit
         self._fixed = fixed
         self._per_step = per_step

@@ -31,6 +31,9 @@ from reelforge.runtime.recipe import EVERY_STAGE, Backend, Precision, Target
 
 CPU = Target(Backend.CPU)
 STAGES = ("llm", "clip", "refiner", "modulation", "dit", "vae_decoder")
+"""Those with weights."""
+
+ALL_STAGES = (*STAGES[:-1], "guidance", "step_change", "step_reuse", "vae_decoder")
 
 
 def session_folder(factory: pytest.TempPathFactory) -> Path:

@@ -27,6 +27,7 @@ class TensorRtLoop:
     """A loop that has begun. Make one with :meth:`TensorRtEngine.loop`.
 
     Attributes:
+        skipped: None ever are (see :class:`reelforge.runtime.sampling.StepLoop`).
         graph_refusal: Why steps are not replayed from a graph; empty if they are, or none was recorded yet.
     """
 
@@ -38,6 +39,7 @@ class TensorRtLoop:
         per_step: Mapping[str, Array],
         captured: bool,
     ) -> None:
+        self.skipped = 0
         self.graph_refusal = "" if captured else "cuda_graph is off"
         self._engine = engine
         self._session = engine.session

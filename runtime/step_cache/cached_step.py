@@ -6,12 +6,15 @@ matter, and what an evaluation is that of the wrapped function.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+from numpy.typing import NDArray
 
 from reelforge.runtime.engines.engine import Array, Engine
 from reelforge.runtime.registers import Registers
-from reelforge.runtime.step_cache.criteria import Criterion
-from reelforge.runtime.step_cache.settings import LEAST_WARMUP, Reuse
+from reelforge.runtime.step_cache.criteria import Criterion, EasyCache, MagCache
+from reelforge.runtime.step_cache.settings import CHANGE_STAGE, LEAST_WARMUP, REUSE_STAGE, Method, Reuse, StepCache
 from reelforge.runtime.step_program import StepFunction
 
 _REUSE_INPUTS = ("latents", "computed_latents", "velocity", "earlier_velocity", "residual_weight", "trend_weight")
@@ -25,7 +28,8 @@ class CachedStep:
         criterion: Decides between warm-up and last step.
         reuse: The stage ``step_reuse``.
         sigma_steps: ``[n]`` float32, ``sigma_{i+1} - sigma_i`` of all steps.
-        warmup: How many first steps are always evaluated; two are in any case.
+        warmup: How many first steps are always evaluated; the first two of a loop are in any case, also of one that
+            begins at a later step.
         how: What stands for a skipped step's velocity.
     """
 
@@ -46,21 +50,23 @@ class CachedStep:
         self._warmup = max(warmup, LEAST_WARMUP)
         self._how = how
         self._computed = self._earlier = 0  # the last two evaluated steps
+        self._evaluations = 0  # a loop that goes on from the middle has none either when it begins
 
     def __call__(self, registers: Registers, step: int) -> bool:
         """Make ``next_latents`` (see :class:`StepFunction`)."""
         between = self._warmup <= step < len(self._sigma_steps) - 1
-        if between and self._criterion.skips(registers, step):
+        if between and self._evaluations >= LEAST_WARMUP and self._criterion.skips(registers, step):
             self._step_from_cache(registers, step)
             evaluated = False
         else:
             self._criterion.computed()
-            if step:
+            if self._evaluations:
                 registers.let("earlier_latents", "computed_latents")
                 registers.let("earlier_velocity", "velocity")
             self._evaluate(registers, step)
             registers.let("computed_latents", "latents")
             self._earlier, self._computed = self._computed, step
+            self._evaluations += 1
             evaluated = True
         registers.let("previous_latents", "latents")
         return evaluated
@@ -77,3 +83,25 @@ class CachedStep:
         registers.write("sigma_step", self._sigma_steps[step, ...])
         inputs = {name: name for name in (*_REUSE_INPUTS, "sigma_step")}
         registers.call(self._reuse, inputs, {"next_latents": "next_latents"})
+
+
+def cached_step(
+    evaluate: StepFunction, cache: StepCache, engine_of: Callable[[str], Engine], sigmas: NDArray[np.float32]
+) -> CachedStep:
+    """Wrap a step function as a request asks for.
+
+    Args:
+        evaluate: Computes a step.
+        cache: What was asked for; it has no problems.
+        engine_of: Returns the engine of a stage, for as long as the step function is used.
+        sigmas: ``[n + 1]``, from :func:`reelforge.runtime.schedule.flow_match_sigmas`.
+    """
+    steps = len(sigmas) - 1
+    criterion: Criterion
+    if cache.method is Method.EASYCACHE:
+        criterion = EasyCache(engine_of(CHANGE_STAGE), cache.threshold, cache.longest_run())
+    else:
+        assert cache.ratios is not None
+        criterion = MagCache(cache.ratios.at(sigmas[:-1]).tolist(), cache.threshold, cache.longest_run())
+    reuse = engine_of(REUSE_STAGE)
+    return CachedStep(evaluate, criterion, reuse, np.diff(sigmas), cache.first_steps(steps), cache.reuse)

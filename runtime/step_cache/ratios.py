@@ -58,7 +58,8 @@ class MagnitudeRatios:
         below = wanted < known[-1]
         slope = (logs[-1] - logs[-2]) / (known[-1] - known[-2])
         found[below] = logs[-1] + slope * (wanted[below] - known[-1])
-        return np.exp(np.diff(found, prepend=found[:1]))
+        ratios: NDArray[np.float64] = np.exp(np.diff(found, prepend=found[:1]))
+        return ratios
 
     def write(self, path: Path) -> None:
         """Write the file.

@@ -111,7 +111,11 @@ class StepCache:
 
     def problems(self) -> list[Problem]:
         """Return what is wrong with the settings."""
+        if not isinstance(self.method, Method):
+            return [_problem("method", self.method, "a Method", "Method.EASYCACHE")]
         found = []
+        if not isinstance(self.reuse, Reuse):
+            found.append(_problem("reuse", self.reuse, "a Reuse", "Reuse.RESIDUAL"))
         if type(self.threshold) not in (int, float) or not math.isfinite(self.threshold) or self.threshold < 0:
             found.append(_problem("threshold", self.threshold, "a finite number of at least 0", "0.025"))
         if self.warmup is not None and (type(self.warmup) is not int or self.warmup < LEAST_WARMUP):

@@ -293,6 +293,9 @@ def test_one_attention_per_block(bundle: Bundle) -> None:
         "refiner": spec.dit.refiner_blocks,
         "modulation": 0,
         "dit": spec.dit.double_blocks + spec.dit.single_blocks,
+        "guidance": 0,
+        "step_change": 0,
+        "step_reuse": 0,
         "vae_decoder": 1,  # in a loop over frames
     }
     for stage in bundle.manifest.stages:

@@ -21,7 +21,7 @@ from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.manifest import Manifest, StageEntry
 from reelforge.runtime.recipe import Precision
 from reelforge.runtime.spec import GuidanceRounding, VaeTiling
-from tests.bundles import STAGES, build
+from tests.bundles import ALL_STAGES, build
 from tests.checkpoints import TEMPLATE, make_diffusers_checkpoint
 
 pytestmark = pytest.mark.usefixtures("remembered_traces")
@@ -43,7 +43,7 @@ def test_what_is_in_a_bundle(tiny_bundle: Path, manifest: Manifest, tiny_checkpo
         *(f"weights/transformer.{name}" for name in shards),
         "weights/vae.diffusion_pytorch_model.safetensors",
     ]
-    graphs = [f"{stage}.onnx" for stage in STAGES]
+    graphs = [f"{stage}.onnx" for stage in ALL_STAGES]
     assert files == sorted([*graphs, "manifest.json", "tokenizers/clip.json", "tokenizers/llm.json", *weights])
     assert [entry.path for entry in manifest.files] == [name for name in files if name != "manifest.json"]
     for entry in manifest.files:
@@ -54,8 +54,8 @@ def test_what_is_in_a_bundle(tiny_bundle: Path, manifest: Manifest, tiny_checkpo
 
 
 def test_what_a_manifest_says(manifest: Manifest, tiny_checkpoint: Path) -> None:
-    assert [stage.name for stage in manifest.stages] == list(STAGES)
-    assert manifest.recipe.precision == dict.fromkeys(STAGES, Precision.FP32)
+    assert [stage.name for stage in manifest.stages] == list(ALL_STAGES)
+    assert manifest.recipe.precision == dict.fromkeys(ALL_STAGES, Precision.FP32)
     assert (manifest.recipe.shapes, manifest.recipe.batch, str(manifest.target)) == ((), 1, "cpu")
     assert (manifest.prompt_template.text, manifest.prompt_template.source) == (TEMPLATE, "checkpoint")
     about = json.loads((tiny_checkpoint / "prompt_template.json").read_text())

@@ -37,6 +37,7 @@ DOUBLE, SINGLE, CHANNELS = 2, 3, 4
 VOCABULARY = 300
 STAGES = ("llm", "clip", "refiner", "modulation", "dit", "vae_decoder")
 GUIDED = (*STAGES, "guidance")
+CACHED = (*GUIDED, "step_change", "step_reuse")
 
 SPEC = ModelSpec(
     family="fake",
@@ -236,6 +237,49 @@ def guidance() -> Graph:
     return graph
 
 
+def step_change() -> Graph:
+    latents = ("batch", CHANNELS, "latent_frames", "latent_height", "latent_width")
+    names = ("latents", "previous_latents", "computed_latents", "velocity", "earlier_latents", "earlier_velocity")
+    graph = Graph(
+        "step_change", [_info(name, *latents) for name in names], [_info("predicted_change"), _info("residual_ratio")]
+    )
+    graph.constants["channels"] = np.array([1], np.int64)
+
+    def size(tensor: str) -> str:
+        return graph.add("ReduceMean", [graph.add("Abs", [tensor], f"|{tensor}|")], f"mean |{tensor}|", keepdims=0)
+
+    def norm(velocity: str, latents: str) -> str:
+        residual = graph.add("Sub", [velocity, latents], f"{velocity} residual")
+        return graph.add("ReduceL2", [residual, "channels"], f"{velocity} norm", keepdims=0)
+
+    changed = size(graph.add("Sub", ["velocity", "earlier_velocity"], "dv"))
+    rate = graph.add("Div", [changed, size(graph.add("Sub", ["computed_latents", "earlier_latents"], "dx"))], "rate")
+    moved = graph.add("Mul", [rate, size(graph.add("Sub", ["latents", "previous_latents"], "step"))], "moved")
+    graph.add("Div", [moved, size("velocity")], "predicted_change")
+    ratios = [norm("velocity", "computed_latents"), norm("earlier_velocity", "earlier_latents")]
+    graph.add("ReduceMean", [graph.add("Div", ratios, "ratios")], "residual_ratio", keepdims=0)
+    return graph
+
+
+def step_reuse() -> Graph:
+    latents = ("batch", CHANNELS, "latent_frames", "latent_height", "latent_width")
+    tensors = ("latents", "computed_latents", "velocity", "earlier_velocity")
+    weights = ("residual_weight", "trend_weight", "sigma_step")
+    graph = Graph(
+        "step_reuse",
+        [*(_info(name, *latents) for name in tensors), *(_info(name) for name in weights)],
+        [_info("next_latents", *latents)],
+    )
+    since = graph.add("Sub", ["latents", "computed_latents"], "since")
+    trend = graph.add("Sub", ["velocity", "earlier_velocity"], "trend")
+    graph.add("Mul", ["residual_weight", since], "residual part")
+    graph.add("Mul", ["trend_weight", trend], "trend part")
+    graph.add("Sum", ["velocity", "residual part", "trend part"], "reused")
+    graph.add("Mul", ["sigma_step", "reused"], "update")
+    graph.add("Add", ["latents", "update"], "next_latents")
+    return graph
+
+
 def vae_decoder() -> Graph:
     graph = Graph(
         "vae_decoder",
@@ -276,7 +320,7 @@ def write_fake_bundle(
     """Write a bundle of the stages named, and return its manifest."""
     makers = {
         "llm": llm, "clip": clip, "refiner": refiner, "modulation": modulation, "dit": lambda: dit(batch > 1),
-        "guidance": guidance, "vae_decoder": vae_decoder,
+        "guidance": guidance, "step_change": step_change, "step_reuse": step_reuse, "vae_decoder": vae_decoder,
     }  # fmt: skip
     with BundleWriter(destination) as writer:
         entries = tuple(makers[name]().finish(writer) for name in stages)

@@ -14,7 +14,7 @@ import pytest
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.tools import console
 from reelforge.tools.build_engine import build_engine
-from tests.bundles import STAGES, TraceMemory
+from tests.bundles import ALL_STAGES, TraceMemory
 
 
 def run(*arguments: str | Path) -> int:
@@ -101,7 +101,7 @@ def test_options_reach_the_bundle(
 @pytest.mark.parametrize(
     ("arguments", "code", "parts"),
     [
-        (["{c}", "-o", "{o}", "--stages", "vae"], 2, ["has no such stages", "received: vae", ", ".join(STAGES)]),
+        (["{c}", "-o", "{o}", "--stages", "vae"], 2, ["has no such stages", "received: vae", ", ".join(ALL_STAGES)]),
         (["{c}", "-o", "{o}", "--target", "gpu"], 2, ["the target 'gpu' is not known", "fix: use --target cpu"]),
         (["{c}", "-o", "{o}", "--target", "cpu:sm90"], 2, ["the target 'cpu:sm90' is not known"]),
         (["{c}", "-o", "{o}", "--shapes", "big"], 2, ["the shape 'big' cannot be read", "720x1280x129"]),

@@ -29,7 +29,9 @@ def hunyuan_video_work(spec: ModelSpec, workload: Workload) -> Mapping[str, Stag
         "refiner": StageWork(Phase.CONDITIONING, (_refiner(spec, workload),)),
         "modulation": StageWork(Phase.CONDITIONING, (_modulation(spec, workload),)),
         "dit": StageWork(Phase.LOOP, (_dit(spec, workload),)),
-        "guidance": StageWork(Phase.LOOP, (_guidance(spec, workload),)),
+        "guidance": StageWork(Phase.LOOP, (_on_latents(spec, workload, 5),)),
+        "step_change": StageWork(Phase.LOOP, (_on_latents(spec, workload, 7),)),
+        "step_reuse": StageWork(Phase.LOOP, (_on_latents(spec, workload, 5),)),
         "vae_decoder": StageWork(Phase.DECODE, tuple(_vae_calls(spec, workload))),
     }
 
@@ -78,8 +80,14 @@ def _modulation(spec: ModelSpec, workload: Workload) -> Call:
     return Call(1, rows, (), 2 * vectors, (Moment((Live(vectors),)),), {"steps": steps})
 
 
-def _guidance(spec: ModelSpec, workload: Workload) -> Call:
-    """Two velocities and the latents, for requests with a negative prompt; others never call it."""
+def _on_latents(spec: ModelSpec, workload: Workload, tensors: int) -> Call:
+    """Arithmetic on latents and velocities, for requests with a negative prompt or a step cache; others never call it.
+
+    Args:
+        spec: The model's numbers.
+        workload: What is generated.
+        tensors: As large as the latents, that are read or written.
+    """
     channels, frames, height, width = spec.latent_shape(
         workload.shape.height, workload.shape.width, workload.shape.frames
     )
@@ -90,7 +98,7 @@ def _guidance(spec: ModelSpec, workload: Workload) -> Call:
         "latent_height": height,
         "latent_width": width,
     }
-    return Call(0, (), (), 5 * latents, (), dimensions)  # one kernel: nothing but its inputs and outputs
+    return Call(0, (), (), tensors * latents, (), dimensions)  # one kernel: nothing but its inputs and outputs
 
 
 def _dit(spec: ModelSpec, workload: Workload) -> Call:

@@ -25,6 +25,7 @@ from reelforge.export.models.hunyuan_video.dit import (
 )
 from reelforge.export.models.hunyuan_video.dit_sparse import SparseDoubleBlock, SparseSingleBlock
 from reelforge.export.models.hunyuan_video.guidance import guidance_stage
+from reelforge.export.models.hunyuan_video.step_cache import step_cache_stages
 from reelforge.export.models.hunyuan_video.text_encoders import (
     ClipEmbedding,
     ClipLayer,
@@ -38,7 +39,17 @@ from reelforge.export.stage import COMPUTE, Part, Stage, Value
 from reelforge.runtime.recipe import SparseAttention, SparseKind
 from reelforge.runtime.spec import ModelSpec
 
-STAGE_NAMES = ("llm", "clip", "refiner", "modulation", "dit", "guidance", "vae_decoder")
+STAGE_NAMES = (
+    "llm",
+    "clip",
+    "refiner",
+    "modulation",
+    "dit",
+    "guidance",
+    "step_change",
+    "step_reuse",
+    "vae_decoder",
+)
 # Largest absolute difference from an independent fp32 implementation at output scale 1-4. fp32: re-association of sums
 # only. fp16: 11-bit products through up to 60 residual blocks; measured on random weights, with a factor of two in
 # hand.
@@ -57,7 +68,8 @@ def hunyuan_video_stages(spec: ModelSpec, batch: int = 1, sparse: SparseAttentio
     """
     dit = _dit(spec, batch) if sparse is None else _sparse_dit(spec, sparse)
     guidance = guidance_stage(spec, batch, _TOLERANCE)
-    return (_llm(spec), _clip(spec), _refiner(spec), _modulation(spec), dit, guidance, _vae_decoder(spec))
+    caching = step_cache_stages(spec, batch, _TOLERANCE)
+    return (_llm(spec), _clip(spec), _refiner(spec), _modulation(spec), dit, guidance, *caching, _vae_decoder(spec))
 
 
 def _llm(spec: ModelSpec) -> Stage:
