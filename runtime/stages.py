@@ -132,8 +132,8 @@ class Stages:
     def answer_ahead(self, stage: str, wanted: Sequence[Mapping[str, Array]], stop: Stop) -> None:
         """Run a stage for several inputs that it was not asked before, loaded once, and remember the answers.
 
-        One call each: what a stage says to one input must not depend on which others were there, and products over
-        more rows are summed in another order.
+        One call each: what a stage says to one input must not depend on which others were there, and a product over
+        more rows may be summed in another order.
 
         Raises:
             EngineError: If the engine cannot be loaded or fails.
