@@ -62,9 +62,9 @@ def decode(
         frames = (values.shape[2] - 1) * vae.temporal_compression + 1
         height, width = (side * vae.spatial_compression for side in values.shape[3:])
         with pipeline, VideoWriter(output, height, width, frames, rate) as video:
-            notices = write_video(pipeline.stream_decode(values), bars, video)
+            told = write_video(pipeline.stream_decode(values), bars, video)
     seconds = time.monotonic() - started
-    for notice in notices:
+    for notice in told.notices:
         console.print_notice(notice)
     if as_json:
         result = {
@@ -75,7 +75,7 @@ def decode(
             "frames": frames,
             "frames_per_second": rate,
             "seconds": round(seconds, 3),
-            "notices": notices,
+            "notices": told.notices,
             "bundle": pipeline.bundle.manifest.content_digest,
         }
         click.echo(json.dumps(result))

@@ -18,6 +18,7 @@ from reelforge.runtime.engines.engine import EngineOptions
 from reelforge.runtime.errors import OutputError, RequestError
 from reelforge.runtime.pipeline import Pipeline
 from reelforge.runtime.request import Request
+from reelforge.runtime.step_cache.settings import StepCache
 from reelforge.runtime.video import VideoWriter
 from reelforge.tools import console
 from reelforge.tools.attention_options import attention_options
@@ -52,6 +53,12 @@ from reelforge.tools.video_events import open_bundle, progress_bars, write_video
 @click.option("--negative-prompt", help="What to keep away from, with --cfg-scale.  [default: '']")
 @click.option("--shift", type=float, help="Shift of the noise schedule.  [default: the model's]")
 @attention_options
+@click.option(
+    "--step-cache",
+    metavar="METHOD:THRESHOLD",
+    help="Skip steps that change little: easycache:0.025, or magcache:0.12,ratios=FILE (see docs/step_cache.md; also "
+    "reuse=, warmup=, max-skips=).  [default: compute every step]",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads per operator.  [default: one per core]")
 @click.option("--device", type=click.IntRange(min=0), default=0, help="Number of the GPU.  [default: 0]")
 @click.option(
@@ -89,6 +96,7 @@ def generate(
     attention: str | None,
     attention_table: Path | None,
     dense_steps: int | None,
+    step_cache: str | None,
     threads: int | None,
     device: int,
     provider: str | None,
@@ -107,6 +115,7 @@ def generate(
       reelforge generate my.bundle --prompt-file prompt.txt -o cat.webm --steps 30 --seed 7
       reelforge generate my.bundle -p "a red ball" --frames 1 -o ball.png
       reelforge generate my.bundle -p "a red ball" -o frames/%04d.png --json
+      reelforge generate my.bundle -p "a red ball" -o ball.mp4 --step-cache easycache:0.025
       reelforge generate sparse.bundle -p "a red ball" -o ball.mp4 --attention radial --dense-steps 5
     """  # noqa: D301 - \b is click's mark for text that it does not wrap
     request = Request(
@@ -121,6 +130,7 @@ def generate(
         chosen_table(attention, attention_table, dense_steps),
         cfg_scale=cfg_scale,
         negative_prompt=negative_prompt,
+        step_cache=None if step_cache is None else StepCache.parse(step_cache),
     )
     started = time.monotonic()
     with progress_bars(hidden=as_json) as bars:
@@ -132,9 +142,9 @@ def generate(
         shape = resolved.shape
         rate = pipeline.spec.defaults.frames_per_second
         with pipeline, VideoWriter(output, shape.height, shape.width, shape.frames, rate) as video:
-            notices = write_video(pipeline.stream(request, save_latents=save_latents), bars, video)
+            told = write_video(pipeline.stream(request, save_latents=save_latents), bars, video)
     seconds = time.monotonic() - started
-    for notice in notices:
+    for notice in told.notices:
         console.print_notice(notice)
     if as_json:
         result = {
@@ -145,6 +155,7 @@ def generate(
             "frames": shape.frames,
             "frames_per_second": rate,
             "steps": resolved.steps,
+            "skipped_steps": told.skipped,
             "seed": resolved.seed,
             "guidance": resolved.guidance,
             "cfg_scale": resolved.cfg_scale,
@@ -153,13 +164,14 @@ def generate(
             "attention": resolved.attention.pattern.value,
             "latents": None if save_latents is None else str(save_latents),
             "seconds": round(seconds, 3),
-            "notices": notices,
+            "notices": told.notices,
             "bundle": pipeline.bundle.manifest.content_digest,
         }
         click.echo(json.dumps(result))
     else:
         count = f"{shape.frames} frame{'s' if shape.frames > 1 else ''}"
-        click.echo(f"{output}: {count} of {shape.width}x{shape.height} in {seconds:.1f} s", err=True)
+        skipped = f", {told.skipped} of {resolved.steps} steps skipped" if resolved.step_cache is not None else ""
+        click.echo(f"{output}: {count} of {shape.width}x{shape.height} in {seconds:.1f} s{skipped}", err=True)
 
 
 def _prompt(prompt: str | None, prompt_file: Path | None) -> str:

@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "decode": ("reelforge.tools.decode:decode", "Make a video of latents that were saved."),
     "generate": ("reelforge.tools.generate:generate", "Generate a video from a prompt."),
     "inspect": ("reelforge.tools.inspect_bundle:inspect", "Show what a bundle contains and where it came from."),
+    "measure-ratios": ("reelforge.tools.measure_ratios:measure_ratios", "Measure what --step-cache magcache needs."),
     "plan": ("reelforge.tools.plan:plan", "Predict what a build and its videos cost."),
     "plugins": ("reelforge.tools.plugins_command:plugins", "Show and compile the attention kernels for TensorRT."),
     "sensitivity": ("reelforge.tools.sensitivity:sensitivity", "Find the layers that 8 bits cost most."),

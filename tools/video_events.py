@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -50,16 +51,30 @@ def open_bundle(path: Path, check: Check, bars: Progress) -> Bundle:
     return Bundle.open(path, check, show)
 
 
-def write_video(events: Iterable[Event], bars: Progress, video: VideoWriter) -> list[str]:
-    """Write frames as they come, and return the notices."""
-    notices: list[str] = []
+@dataclass
+class Told:
+    """What events said besides frames.
+
+    Attributes:
+        notices: Sentences for the user.
+        skipped: Sampling steps that reused earlier ones.
+    """
+
+    notices: list[str] = field(default_factory=list)
+    skipped: int = 0
+
+
+def write_video(events: Iterable[Event], bars: Progress, video: VideoWriter) -> Told:
+    """Write frames as they come, and return the rest."""
+    told = Told()
     tasks = {phase: bars.add_task(phase, total=None, visible=False) for phase in _PHASES}
     for event in events:
         match event:
             case Step():
                 bars.update(tasks[event.phase], completed=event.step, total=event.total, visible=True)
+                told.skipped = max(told.skipped, event.skipped)
             case Notice():
-                notices.append(event.text)
+                told.notices.append(event.text)
             case Frames():
                 video.write(event.pixels)
-    return notices
+    return told
