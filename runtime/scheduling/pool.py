@@ -231,4 +231,5 @@ def _names(devices: Sequence[str]) -> list[str]:
 
 def _cost(request: ResolvedRequest) -> float:
     """Return the work that a request is, in steps times pixels: what callers' shares are counted in."""
-    return float(request.steps * request.shape.frames * request.shape.height * request.shape.width)
+    evaluations = request.steps * (1 if request.negative_prompt is None else 2)
+    return float(evaluations * request.shape.frames * request.shape.height * request.shape.width)

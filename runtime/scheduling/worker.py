@@ -117,7 +117,9 @@ def _carry_out(dispatch: Dispatch, job: Job, pipeline: Generates, together: int)
             for event in events:
                 job.take(event)
     except BaseException as error:  # noqa: BLE001 - nobody is above this; the job carries it on
-        return error
+        # Without this frame, which knows the job: else the job and its error would keep each other, and all arrays of
+        # the generation, until the garbage collector comes by.
+        return error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
     return None
 
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from reelforge.runtime.bundle.open import Bundle, Check
-from tests.runtime.scheduling.fake_pipeline import WAIT_S, World
+from reelforge.runtime.scheduling.limits import QueueLimits
+from reelforge.runtime.scheduling.pool import PipelinePool
+from tests.runtime.scheduling.fake_pipeline import WAIT_S, Open, World
 
 
 @pytest.fixture
@@ -25,3 +27,19 @@ def no_threads_left() -> Iterator[None]:
         if thread.name.startswith("reelforge"):
             thread.join(WAIT_S)
             assert not thread.is_alive(), f"{thread.name} goes on"
+
+
+@pytest.fixture
+def opened(world: World) -> Iterator[Open]:
+    pools: list[PipelinePool] = []
+
+    def make(devices: int = 1, **limits: float | int | None) -> PipelinePool:
+        names = [f"fake:{number}" for number in range(devices)]
+        pools.append(PipelinePool(world.open, names, QueueLimits(**limits)))  # type: ignore[arg-type]
+        return pools[-1]
+
+    yield make
+    for hold in world.holds.values():
+        hold.release()
+    for pool in pools:
+        pool.close()

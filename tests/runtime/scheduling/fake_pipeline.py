@@ -15,8 +15,12 @@ from reelforge.runtime.errors import EngineError
 from reelforge.runtime.events import Event, Frames, Progress
 from reelforge.runtime.manifest import Manifest
 from reelforge.runtime.request import Request, ResolvedRequest, resolve_request
+from reelforge.runtime.scheduling.pool import PipelinePool
 
 WAIT_S = 30.0
+
+Open = Callable[..., PipelinePool]
+"""The fixture ``opened``: a pool of so many devices with these limits, closed with the test."""
 
 
 class Hold:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -200,6 +202,25 @@ def test_a_pipeline_that_ends_without_all_frames(pool: PipelinePool, monkeypatch
     monkeypatch.setattr(FakePipeline, "stream", lambda *arguments, **named: (event for event in ()))
     with pytest.raises(EngineError, match="ended without all frames"):
         pool.submit(small("y")).result(WAIT_S)
+
+
+@pytest.mark.parametrize("prompt", ["good", "bad"])
+def test_a_job_that_its_caller_drops_is_gone_with_all_its_arrays(
+    pool: PipelinePool, world: World, prompt: str, collector_off: None
+) -> None:
+    world.failures["bad"] = engine_error()
+    job = pool.submit(small(prompt))
+    assert job.wait(WAIT_S)
+    gone = weakref.ref(job)
+    del job
+    wait_until(lambda: gone() is None)
+
+
+@pytest.fixture
+def collector_off() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def test_rests_double_up_to_a_limit_and_success_forgets() -> None:
