@@ -348,6 +348,15 @@ SIZES: dict[str, ModelSpec] = {
         (256, 256, 29),
         20,
     ),
+    # The real VAE behind a small transformer: a decoder whose memory matters, on a small machine.
+    "wide-vae": _spec(
+        DitSpec(128, 2, 64, 2, 4, 2, 512, 16, (1, 2, 2), 128, 64, (8, 28, 28), 256.0, 256, 1e-6, True),
+        LlmSpec(128, 4, 2, 4, 2, 32, 256, 512, 500000.0, 1e-5, 256),
+        ClipSpec(64, 2, 2, 256, 768, 77, 1e-5, "quick_gelu", 767),
+        VaeSpec(16, (128, 256, 512, 512), 2, 32, 1e-6, 0.476986, 8, 4),
+        (64, 64, 9),
+        20,
+    ),
     # Full width, one block of each kind: what can be executed and compared on a small machine.
     "block": _spec(
         DitSpec(3072, 24, 128, 1, 1, 1, 12288, 16, (1, 2, 2), 4096, 768, (16, 56, 56), 256.0, 256, 1e-6, True),

@@ -1,0 +1,192 @@
+"""Benchmark of the runtime: ``python -m reelforge.tools.bench.runtime -o benchmarks/runtime.md``.
+
+Run it from the repository's root, on an idle machine. Each section is also kept as a fragment in the work folder:
+``--only`` measures some of them again and takes the others from there, and every section says at which commit it was
+measured. What a section measures is in a module of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import click
+
+from reelforge.tools.bench import (
+    report,
+    runtime_against_diffusers,
+    runtime_memory,
+    runtime_overhead,
+    runtime_start,
+    sections,
+)
+from reelforge.tools.bench.runtime_against_diffusers import EAGER, FP32, INT8, PROMPTS
+from reelforge.tools.bench.runtime_bundles import Models, task
+from reelforge.tools.bench.runtime_child import Task
+
+PACKAGES = ("onnxruntime", "numpy", "av", "tokenizers", "torch", "diffusers", "transformers")
+TITLES = {
+    "overhead": "The loop beside its engine",
+    "import": "Import",
+    "start": "Cold start",
+    "demo": "Beside diffusers: the demonstration model",
+    "mid": "Beside diffusers: 0.3 billion parameters",
+    "memory": "Memory over time",
+}
+DEMO_STEPS, MID_STEPS = 20, 5
+START_RUNS, MID_START_RUNS = 5, 2
+MEMORY_SIZES = {"demo": 128, "wide-vae": 64}
+PICTURE = "runtime_memory.svg"
+
+
+@dataclass(frozen=True)
+class Sections:
+    """Measures sections.
+
+    Attributes:
+        models: Checkpoints and bundles.
+        work: A folder for frames and compiled code.
+        output: The benchmark's file, beside which pictures go.
+        rounds: Of turns between contenders.
+    """
+
+    models: Models
+    work: Path
+    output: Path
+    rounds: int
+
+    def overhead(self) -> list[str]:
+        """Return the section on the loop's overhead."""
+        return runtime_overhead.section(self.models.demo("fp32"), self.models.demo("int8"))
+
+    def imports(self) -> list[str]:
+        """Return the section on imports."""
+        return runtime_start.import_section()
+
+    def start(self) -> list[str]:
+        """Return the section on cold starts."""
+        demo = runtime_against_diffusers.jobs(
+            self.models.checkpoint, self.models.demo("fp32"), self.models.demo("int8"), ()
+        )
+        mid = runtime_against_diffusers.jobs(
+            self.models.mid_checkpoint(), self.models.mid("fp32"), self.models.mid("int8"), ()
+        )
+        cases = [
+            ("Demonstration model", demo, self._two(self.models.demo("fp32"), DEMO_STEPS), START_RUNS),
+            ("0.3 billion parameters", mid, self._two(self.models.mid("fp32"), MID_STEPS), MID_START_RUNS),
+        ]
+        return runtime_start.start_section(
+            [
+                (title, [(name, jobs[name]) for name in (FP32, INT8, EAGER)], tasks, runs)
+                for title, jobs, tasks, runs in cases
+            ]
+        )
+
+    def demo(self) -> list[str]:
+        """Return the comparison on the demonstration model."""
+        jobs = runtime_against_diffusers.jobs(
+            self.models.checkpoint, self.models.demo("fp32"), self.models.demo("int8"), ("fp32", "bf16")
+        )
+        tasks = self._tasks(self.models.demo("fp32"), DEMO_STEPS)
+        runs = runtime_against_diffusers.measure(jobs, tasks, self.work / "demo")
+        return [*self._explain(tasks[0]), *runtime_against_diffusers.case_lines(runs)]
+
+    def mid(self) -> list[str]:
+        """Return the comparison on the larger, synthetic model."""
+        jobs = runtime_against_diffusers.jobs(
+            self.models.mid_checkpoint(), self.models.mid("fp32"), self.models.mid("int8"), ("bf16",)
+        )
+        tasks = self._tasks(self.models.mid("fp32"), MID_STEPS)
+        runs = runtime_against_diffusers.measure(jobs, tasks, self.work / "mid")
+        return [
+            *self._explain(tasks[0])[:-1],
+            f"Random weights. Only {MID_STEPS} steps, so that the benchmark ends: with more, decoding weighs less.",
+            "",
+            *runtime_against_diffusers.case_lines(runs),
+        ]
+
+    def memory(self) -> list[str]:
+        """Return the section on memory over time."""
+        cases = [
+            ("Demonstration model", self.models.demo("fp32", numerics="tencent"), MEMORY_SIZES["demo"]),
+            ("The published VAE's widths", self.models.wide_vae(), MEMORY_SIZES["wide-vae"]),
+        ]
+        return runtime_memory.section(cases, self.output.parent / PICTURE)
+
+    def _tasks(self, bundle: Path, steps: int) -> list[Task]:
+        prompts = [PROMPTS[index % len(PROMPTS)] for index in range(self.rounds + 1)]
+        return [task(bundle, prompt, steps, seed=seed) for seed, prompt in enumerate(prompts)]
+
+    def _two(self, bundle: Path, steps: int) -> tuple[Task, Task]:
+        first, second = (task(bundle, prompt, steps, seed=seed) for seed, prompt in enumerate(PROMPTS[:2]))
+        return replace(first, only_first_step=True), replace(second, only_first_step=True)
+
+    def _explain(self, one: Task) -> list[str]:
+        return [
+            f"A whole video, from the prompt to 8-bit frames: {one.width}x{one.height}, {one.frames} frames,",
+            f"{one.steps} steps; median of {self.rounds} rounds (smallest-largest), another prompt in each.",
+            "Contenders take turns, each in a process of its own that has generated before. Ratios are of times in",
+            "the same round. Text is not padded, which spares diffusers more than us; our bundles have its VAE tiles",
+            "and guidance value. `torch.compile` is of the transformer, its compiled code cached. PSNR is from",
+            "diffusers fp32. Peaks of memory are over the process's life, with loading and compiling. There is no bf16",
+            "of ours: ONNX Runtime has no such kernels for CPUs.",
+            "",
+        ]
+
+
+@click.command()
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Markdown file.")
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    default=Path("build/bench/runtime"),
+    show_default=True,
+    help="Folder for fragments of sections, bundles, and compiled code. Remove its models after changing the compiler.",
+)
+@click.option(
+    "--only",
+    default=",".join(TITLES),
+    show_default=True,
+    callback=sections.chosen(TITLES),
+    help="Sections to measure again.",
+)
+@click.option(
+    "--checkpoint", default="demo/checkpoint", show_default=True, type=click.Path(path_type=Path, exists=True)
+)
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Beside diffusers.")
+@click.option("--prepare", is_flag=True, help="Only build the bundles, and measure nothing.")
+def main(output: Path, work: Path, only: tuple[str, ...], checkpoint: Path, rounds: int, prepare: bool) -> None:
+    """Measure the runtime and write one Markdown file."""
+    work.mkdir(parents=True, exist_ok=True)
+    models = Models(checkpoint, work / "models")
+    if prepare:
+        models.build_all()
+        return
+    contents = Sections(models, work, output, rounds)
+    measures: dict[str, Callable[[], list[str]]] = {
+        "overhead": contents.overhead,
+        "import": contents.imports,
+        "start": contents.start,
+        "demo": contents.demo,
+        "mid": contents.mid,
+        "memory": contents.memory,
+    }
+    for name in [name for name in TITLES if name in only]:
+        fragment = sections.measure(name, measures[name], f"{rounds} rounds", work)
+        report.write(output, sections.document(_head(), TITLES, sections.read(work, TITLES)))
+        click.echo(f"{name}: {fragment.minutes:.1f} minutes; wrote {output}")
+
+
+def _head() -> list[str]:
+    return [
+        "# The runtime",
+        "",
+        *report.environment("python -m reelforge.tools.bench.runtime -o benchmarks/runtime.md", PACKAGES),
+        "",
+        "Times are of an otherwise idle machine. A goal that is missed is marked as such.",
+    ]
+
+
+if __name__ == "__main__":
+    main()
