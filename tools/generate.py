@@ -56,7 +56,7 @@ from reelforge.tools.video_events import open_bundle, progress_bars, write_video
 @click.option(
     "--step-cache",
     metavar="METHOD:THRESHOLD",
-    help="Skip steps that change little: easycache:0.025, or magcache:0.12,ratios=FILE (see docs/step_cache.md; also "
+    help="Skip steps that change little: easycache:0.1, or magcache:0.12,ratios=FILE (see docs/step_cache.md; also "
     "reuse=, warmup=, max-skips=).  [default: compute every step]",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Threads per operator.  [default: one per core]")

@@ -40,7 +40,7 @@ class CachedStep:
         reuse: Engine,
         sigma_steps: Array,
         warmup: int = LEAST_WARMUP,
-        how: Reuse = Reuse.RESIDUAL,
+        how: Reuse = Reuse.EXTRAPOLATE,
     ) -> None:
         self._evaluate = evaluate
         self._criterion = criterion

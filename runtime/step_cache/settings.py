@@ -1,6 +1,6 @@
 """What a request says about step caching, as data, and how the command line writes it.
 
-``easycache:0.025``, ``easycache:0.1,reuse=extrapolate,warmup=2``, ``magcache:0.12,ratios=model.json,max-skips=4``. The
+``easycache:0.025``, ``easycache:0.1,reuse=residual,warmup=2``, ``magcache:0.12,ratios=model.json,max-skips=4``. The
 module knows the settings' names and ranges; it knows no engines.
 """
 
@@ -33,11 +33,15 @@ class Method(enum.Enum):
 
 
 class Reuse(enum.Enum):
-    """What a skipped step takes for its velocity; ``x`` are latents, ``v`` velocities, ``c`` the last computed step."""
+    """What a skipped step takes for its velocity; ``x`` are latents, ``v`` velocities, ``c`` the last computed step.
 
-    RESIDUAL = "residual"  # v_c + (x - x_c): both papers
-    VELOCITY = "velocity"  # v_c
+    That a line through computed values is nearer than the last of them was shown for features by TaylorSeer (arXiv
+    2503.06923), and is what ``benchmarks/step_cache.md`` finds for velocities.
+    """
+
     EXTRAPOLATE = "extrapolate"  # the line in sigma through the last two computed velocities
+    RESIDUAL = "residual"  # v_c + (x - x_c): as EasyCache and MagCache were published
+    VELOCITY = "velocity"  # v_c
 
 
 _WARMUP_SHARE = {Method.EASYCACHE: 0.1, Method.MAGCACHE: 0.2}
@@ -65,7 +69,7 @@ class StepCache:
             EasyCache relative to the velocity, of MagCache of the residual's magnitude. 0 computes every step.
         warmup: How many first steps are always computed, at least 2. None means the papers' share, a tenth of the
             steps for EasyCache (5 of 50 there) and a fifth for MagCache.
-        reuse: What stands for a skipped step's velocity.
+        reuse: What stands for a skipped step's velocity. The papers keep the residual.
         max_skips: Longest run of skipped steps. None means the paper's 4 for MagCache, and no limit for EasyCache.
         ratios: The checkpoint's magnitude ratios, for MagCache.
     """
@@ -73,7 +77,7 @@ class StepCache:
     method: Method
     threshold: float
     warmup: int | None = None
-    reuse: Reuse = Reuse.RESIDUAL
+    reuse: Reuse = Reuse.EXTRAPOLATE
     max_skips: int | None = None
     ratios: MagnitudeRatios | None = None
 
@@ -95,7 +99,7 @@ class StepCache:
             method,
             _number(number, text),
             _whole("warmup", settings, text),
-            _word(Reuse, settings.get("reuse", Reuse.RESIDUAL.value), text),
+            _word(Reuse, settings.get("reuse", Reuse.EXTRAPOLATE.value), text),
             _whole("max-skips", settings, text),
             None if ratios is None else MagnitudeRatios.read(Path(ratios)),
         )
@@ -115,7 +119,7 @@ class StepCache:
             return [_problem("method", self.method, "a Method", "Method.EASYCACHE")]
         found = []
         if not isinstance(self.reuse, Reuse):
-            found.append(_problem("reuse", self.reuse, "a Reuse", "Reuse.RESIDUAL"))
+            found.append(_problem("reuse", self.reuse, "a Reuse", "Reuse.EXTRAPOLATE"))
         if type(self.threshold) not in (int, float) or not math.isfinite(self.threshold) or self.threshold < 0:
             found.append(_problem("threshold", self.threshold, "a finite number of at least 0", "0.025"))
         if self.warmup is not None and (type(self.warmup) is not int or self.warmup < LEAST_WARMUP):

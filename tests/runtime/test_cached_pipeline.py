@@ -35,10 +35,10 @@ EASY = StepCache(Method.EASYCACHE, 0.4)
 MAG = StepCache(Method.MAGCACHE, 0.05, ratios=RATIOS)
 CACHES = [
     EASY,
-    replace(EASY, reuse=Reuse.EXTRAPOLATE, max_skips=2),
+    replace(EASY, reuse=Reuse.RESIDUAL, max_skips=2),
     replace(EASY, reuse=Reuse.VELOCITY, warmup=5),
     MAG,
-    replace(MAG, reuse=Reuse.EXTRAPOLATE, max_skips=1),
+    replace(MAG, reuse=Reuse.RESIDUAL, max_skips=1),
 ]
 
 
