@@ -9,6 +9,8 @@ import pytest
 
 from reelforge.tools.bench.step_cache import HEADINGS, rows, verdicts
 from reelforge.tools.bench.step_cache_chart import draw_chart
+from reelforge.tools.bench.step_cache_overhead import STEPS as OVERHEAD_STEPS
+from reelforge.tools.bench.step_cache_overhead import overhead_us
 from reelforge.tools.bench.step_cache_runs import Point, Setting, line, psnr, settings_of
 
 STEPS = 20
@@ -69,3 +71,10 @@ def test_all_series_are_drawn() -> None:
     assert picture.startswith(b"\x89PNG")
     assert draw_chart([FULL, *points], STEPS) == picture
     assert {one.steps for one in settings if one.series == "fewer steps"} >= {5, 8, 11, 19}
+
+
+@pytest.mark.parametrize("threshold", [None, 0.0, 1.0])
+def test_the_hosts_own_time_is_measured_for_every_step(threshold: float | None) -> None:
+    times = overhead_us(threshold)
+    assert len(times) == OVERHEAD_STEPS - 101
+    assert min(times) > 0
