@@ -237,3 +237,12 @@ def test_measured_ratios_are_the_papers(pipeline: Pipeline) -> None:
     assert (measured.generations, measured.bundle) == (2, pipeline.bundle.manifest.content_digest)
     used = replace(PLAIN, step_cache=StepCache(Method.MAGCACHE, 0.5, ratios=measured))
     assert not np.array_equal(pipeline.generate(used), pipeline.generate(PLAIN))
+
+
+def test_a_loop_that_goes_on_computes_its_first_two_steps(pipeline: Pipeline) -> None:
+    """What the steps before had computed is gone; nothing is extrapolated from it."""
+    request = replace(PLAIN, step_cache=StepCache(Method.MAGCACHE, 1.0, ratios=RATIOS, max_skips=2))
+    latents = gaussian_noise(LATENTS, 1)
+    events = pipeline.stream(request, latents=latents, first_step=6)
+    skipped = [event.skipped for event in events if isinstance(event, Progress) and event.phase == "sampling"]
+    assert skipped == [0, 0, 1, 2, 2, 3, 4, 4]
