@@ -95,9 +95,9 @@ _NO_BLOCK_LISTS: Mapping[Backend, str] = {
     Backend.CUDA: "ONNX Runtime has no kernel that visits lists of key blocks, and its mask would be as large as dense "
     "attention",
     Backend.RTX: "TensorRT-RTX takes no plugins, and its own attention visits every key",
-    Backend.TRT: "the plugin that visits lists of key blocks is not in the graph yet",
+    Backend.TRT: "its graphs would get the plugin that visits lists of blocks, but plans have no profiles for them yet",
 }
-"""Backends that gain nothing from sparse attention, and why."""
+"""Backends without sparse attention, and why."""
 
 
 def check_sparse_attention(recipe: Recipe, target: Target) -> None:
