@@ -6,7 +6,9 @@ The module knows nothing of engines.
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -25,10 +27,15 @@ def anonymous_bytes() -> int | None:
 
 def return_freed() -> None:
     """Give freed memory back to the system: glibc keeps small blocks between those in use for later."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none, and keep less
-        if trim is not None:
-            trim(0)
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    """Return glibc's function; other C libraries have none, and keep less."""
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def _field(path: Path, name: str) -> int | None:

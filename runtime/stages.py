@@ -24,6 +24,7 @@ from reelforge.runtime.control import Stop
 from reelforge.runtime.engines.engine import Array, Engine, EngineOptions
 from reelforge.runtime.engines.load import load_engine
 from reelforge.runtime.errors import EngineError
+from reelforge.runtime.host_memory import return_freed
 from reelforge.runtime.memo import Memos, key_of
 from reelforge.runtime.recipe import Backend
 from reelforge.runtime.residency import Residency
@@ -109,8 +110,12 @@ class Stages:
                 expected=f"process {self._process}: threads and devices do not survive a fork",
                 fix="open the pipeline in each process after forking, or start processes with 'spawn'",
             )
-        with self.residency.lease(stage) as engine:
-            yield engine
+        try:
+            with self.residency.lease(stage) as engine:
+                yield engine
+        finally:
+            if not self._bundle.manifest.target.backend.has_plans:
+                return_freed()  # else what many shapes leave between blocks in use adds up, to several times the need
 
     def answer(self, stage: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """Run a stage, unless it was asked the same before; nobody may alter what it answered.
