@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("reelforge.tools.inspect_bundle:inspect", "Show what a bundle contains and where it came from."),
     "measure-ratios": ("reelforge.tools.measure_ratios:measure_ratios", "Measure what --step-cache magcache needs."),
     "plan": ("reelforge.tools.plan:plan", "Predict what a build and its videos cost."),
+    "profile": ("reelforge.tools.profile:profile", "Measure where a bundle's time goes, and what would help."),
     "plugins": ("reelforge.tools.plugins_command:plugins", "Show and compile the attention kernels for TensorRT."),
     "sensitivity": ("reelforge.tools.sensitivity:sensitivity", "Find the layers that 8 bits cost most."),
     "sheet": ("reelforge.tools.contact_sheet:sheet", "Generate clips of several prompts on one picture."),

@@ -1,0 +1,1 @@
+"""What ``reelforge profile`` measures, compares, advises and shows."""

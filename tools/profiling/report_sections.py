@@ -1,0 +1,370 @@
+"""The report's sections, each from a profile to HTML; empty where the profile has nothing for it.
+
+Knows profiles and the charts' building blocks; it computes nothing but sums.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+from reelforge.tools.profiling.layers import TOP
+from reelforge.tools.profiling.report_charts import (
+    Area,
+    Axis,
+    Bar,
+    Dot,
+    Label,
+    Line,
+    bar_rows,
+    lanes,
+    legend,
+    milliseconds,
+    number,
+    plot,
+    text,
+)
+from reelforge.tools.profiling.roofline import Point, point, share_of_roof
+from reelforge.tools.profiling.schema import Kind, LayerTiming, Profile, RunRecord, Timing
+from reelforge.tools.profiling.statistics import timing
+from reelforge.tools.profiling.summary import of_kind
+from reelforge.tools.profiling.terminal import verdict
+
+_KINDS = ("gemm", "attention", "convolution", "norm", "elementwise", "quantise", "layout", "other")
+_KIND_WORDS = {
+    "gemm": "matrix products",
+    "elementwise": "element-wise",
+    "quantise": "to and from 8 bits",
+    "layout": "reordering, casts",
+    "norm": "norms",
+    "convolution": "convolutions",
+}
+_LANES: tuple[tuple[str, tuple[Kind, ...]], ...] = (
+    ("host", (Kind.START, Kind.IMPORT, Kind.OPEN, Kind.TOKENISE, Kind.HOST)),
+    ("load", (Kind.LOAD,)),
+    ("run", (Kind.RUN,)),
+    ("copies", (Kind.COPY,)),
+    ("file", (Kind.ENCODE,)),
+)
+_MIB = 2**20
+
+
+def _section(title: str, about: str, content: str) -> str:
+    return f'<section><h2>{text(title)}</h2><p class="small muted">{text(about)}</p>{content}</section>'
+
+
+def timeline(profile: Profile) -> str:
+    """Show the cold run and the median warm one."""
+    shown = []
+    cold = next((record for record in profile.runs if record.temperature == "cold"), None)
+    if cold is not None:
+        shown.append(("Cold run", cold))
+    if (warm := median_run(profile)) is not None:
+        shown.append(("Warm run, the median one", warm))
+    if not shown and profile.runs:
+        shown.append(("The interrupted run", profile.runs[-1]))
+    content = ""
+    for title, record in shown:
+        axis = Axis(0.0, max(record.total_ms, 1e-6), "ms")
+        rows = [(name, bars) for name, kinds in _LANES if (bars := _lane(record, kinds))]
+        content += f"<h3>{text(title)}: {milliseconds(record.total_ms)}</h3>" + lanes(rows, axis)
+    stages = dict.fromkeys(span.stage for _, record in shown for span in of_kind(record, Kind.RUN))
+    entries = [(stage, stage) for stage in stages] + [("host", "host")]
+    return _section("Timeline", "What happened when.", legend(entries) + content) if content else ""
+
+
+def _lane(record: RunRecord, kinds: tuple[Kind, ...]) -> list[Bar]:
+    return [
+        Bar(
+            span.start_ms,
+            span.end_ms,
+            span.stage or "host",
+            span.name,
+            f"{span.name}: {milliseconds(span.duration_ms)}",
+        )
+        for span in sorted(record.spans, key=lambda span: span.start_ms)
+        if span.kind in kinds
+    ]
+
+
+def median_run(profile: Profile) -> RunRecord | None:
+    """Return the counted warm run of this bundle whose time is nearest to the median."""
+    if profile.warm is None:
+        return None
+    median = profile.warm.total.median_ms
+    return min(counted_runs(profile), key=lambda record: abs(record.total_ms - median), default=None)
+
+
+def counted_runs(profile: Profile) -> list[RunRecord]:
+    """Return the warm runs of this bundle that the summary counts."""
+    warm = [one for one in profile.runs if one.temperature == "warm" and one.bundle == profile.work.bundle]
+    return [one for one in warm[profile.warmup :] if one.complete]
+
+
+def parts(profile: Profile) -> str:
+    """Show where the time goes, cold and warm."""
+    warm, cold = profile.warm, profile.cold
+    if warm is None and cold is None:
+        return ""
+    names = dict.fromkeys([*(cold.parts if cold else ()), *(warm.parts if warm else ())])
+    rows = [
+        _row(name, cold.parts.get(name) if cold else None, warm.parts.get(name) if warm else None) for name in names
+    ]
+    rows.append(_row("whole", cold.total if cold else None, warm.total if warm else None, "sum"))
+    extra = []
+    for name, get in (("one step", "steps"), ("gap between steps", "step_gaps"), ("gap between tiles", "tile_gaps")):
+        first, second = (getattr(summary, get) if summary else None for summary in (cold, warm))
+        if first or second:
+            extra.append(_row(name, first, second))
+    for name, copy in (warm.copies if warm else {}).items():
+        extra.append(_row(name, cold.copies.get(name) if cold else None, copy))
+    about = (
+        "Medians in milliseconds. Parts are of a whole video; gaps are how long an engine waited for the host between "
+        "two of its calls."
+    )
+    return _section(
+        "Where the time goes",
+        about,
+        '<div class="scroll"><table><tr><th></th><th>cold</th><th>warm</th><th>p95</th>'
+        f'<th class="hide-narrow">max</th></tr>{"".join(rows + extra)}</table></div>',
+    )
+
+
+def _row(name: str, cold: Timing | None, warm: Timing | None, kind: str = "") -> str:
+    cells = [
+        number(cold.median_ms) if cold else "",
+        number(warm.median_ms) if warm else "",
+        number(warm.p95_ms) if warm else "",
+    ]
+    last = f'<td class="hide-narrow">{number(warm.max_ms) if warm else ""}</td>'
+    return f'<tr class="{kind}"><td>{text(name)}</td>' + "".join(f"<td>{cell}</td>" for cell in cells) + last + "</tr>"
+
+
+def stages(profile: Profile) -> str:
+    """Show a bar per stage."""
+    summary = profile.warm or profile.cold
+    if summary is None or not summary.stages:
+        return ""
+    longest = max(stage.run.median_ms for stage in summary.stages)
+    rows = []
+    for stage in summary.stages:
+        calls = f"{stage.calls} call{'s' if stage.calls > 1 else ''}"
+        value = f"{milliseconds(stage.run.median_ms)} · {stage.share:.0%}"
+        title = f"{stage.stage}: {calls} of {milliseconds(stage.call.median_ms)}"
+        rows.append((stage.stage, [Bar(0.0, stage.run.median_ms, stage.stage, "", title)], value))
+    loads = []
+    for stage in summary.stages:
+        load_ms = stage.load.median_ms if stage.load else 0.0
+        loads.append((stage.stage, [Bar(0.0, load_ms, stage.stage, "", stage.stage)], milliseconds(load_ms)))
+    most = max(stage.load.median_ms if stage.load else 0.0 for stage in summary.stages)
+    content = f"<h3>Running, per video</h3>{bar_rows(rows, longest)}"
+    content += f"<h3>Loading, when they are loaded</h3>{bar_rows(loads, most)}"
+    return _section("Stages", f"Medians of {summary.temperature} runs.", content)
+
+
+def steps(profile: Profile) -> str:
+    """Show the latency of every step of every counted run."""
+    runs = [[span.duration_ms for span in of_kind(record, Kind.STEP)] for record in counted_runs(profile)]
+    runs = [run for run in runs if run]
+    if not runs or len(runs[0]) < 2:
+        return ""
+    count = min(len(run) for run in runs)
+    medians = [timing([run[index] for run in runs]).median_ms for index in range(count)]
+    flat = timing([value for run in runs for value in run])
+    top = min(flat.max_ms, 3 * max(flat.p95_ms, max(medians)))
+    x, y = Axis(1.0, float(count), "sampling step"), Axis(0.0, top * 1.05, "ms")
+    shapes: list[Line | Area] = [Line(_numbered(run[:count]), "host", 1.0, opacity=0.55) for run in runs]
+    shapes.append(Line([(1.0, flat.p95_ms), (float(count), flat.p95_ms)], "vae_decoder", 1.5, dashed=True))
+    shapes.append(Line(_numbered(medians), "dit", 3.0))
+    caption = f"Median {milliseconds(flat.median_ms)}, p95 {milliseconds(flat.p95_ms)}, max {milliseconds(flat.max_ms)}"
+    keys = legend([("each run", "host"), ("median over runs", "dit"), ("95 % of all steps are below", "vae_decoder")])
+    return _section(
+        "Steps", "Latency of each sampling step, with the host's part.", keys + plot(x, y, shapes, (), caption)
+    )
+
+
+def _numbered(values: Sequence[float]) -> list[tuple[float, float]]:
+    return [(float(index), value) for index, value in enumerate(values, start=1)]
+
+
+def blocks(profile: Profile) -> str:
+    """Show each stage's blocks, by kind of work."""
+    if profile.layers is None or not profile.layers.layers:
+        reason = profile.layers.source if profile.layers else ""
+        return _section("Layers", f"There are no times of layers: {reason}.", "") if reason else ""
+    by_stage: dict[str, dict[str, list[LayerTiming]]] = defaultdict(lambda: defaultdict(list))
+    for layer in profile.layers.layers:
+        by_stage[layer.stage][layer.block or "outside of blocks"].append(layer)
+    totals = {stage: sum(_ms(layers) for layers in found.values()) for stage, found in by_stage.items()}
+    content = legend([(_KIND_WORDS.get(kind, kind), kind) for kind in _KINDS])
+    whole = sum(totals.values())
+    for stage in sorted(totals, key=lambda name: -totals[name]):
+        if totals[stage] < 0.02 * whole:
+            continue
+        found = by_stage[stage]
+        longest = max(_ms(layers) for layers in found.values())
+        rows = [
+            (block, _by_kind(found[block]), milliseconds(_ms(found[block])))
+            for block in sorted(found, key=_block_order)
+        ]
+        content += f"<h3>{text(stage)}: {milliseconds(totals[stage])} per video</h3>" + bar_rows(rows, longest)
+    about = "Layers' times per video, in the profiler's own runs; stages below 2 % are left out."
+    return _section("Blocks", about, content)
+
+
+def _ms(layers: Sequence[LayerTiming]) -> float:
+    return sum(layer.per_video_ms for layer in layers)
+
+
+def _by_kind(layers: Sequence[LayerTiming]) -> list[Bar]:
+    bars, end = [], 0.0
+    for kind in _KINDS:
+        length = _ms([layer for layer in layers if layer.kind == kind])
+        if length:
+            bars.append(Bar(end, end + length, kind, "", f"{_KIND_WORDS.get(kind, kind)}: {milliseconds(length)}"))
+            end += length
+    return bars
+
+
+def _block_order(block: str) -> tuple[bool, str, int]:
+    """Sort ``double.2`` before ``double.10``, and what is outside of blocks last."""
+    head, _, tail = block.rpartition(".")
+    return (block == "outside of blocks", head or block, int(tail) if tail.isdigit() else -1)
+
+
+def largest_layers(profile: Profile) -> str:
+    """Show the ten largest layers and what would speed them up, and what concerns the run."""
+    layers = profile.layers.layers[:TOP] if profile.layers else ()
+    advice: Mapping[str, list[str]] = defaultdict(list)
+    general: list[str] = []
+    names = {f"{layer.stage}: {layer.name}" for layer in layers}
+    for one in profile.advice:
+        saves = "" if one.saves_ms is None else f" Saves at most {milliseconds(one.saves_ms)} per video."
+        sentence = f"<li><b>{text(one.action)}</b> &ndash; {text(one.reason)}.{text(saves)}</li>"
+        (advice[one.about] if one.about in names else general).append(sentence)
+    if not layers and not general:
+        return ""
+    items = ""
+    for layer in layers:
+        place = point(layer, profile.peak)
+        reached = f" · {share_of_roof(place)} of the roof" if place else ""
+        length = layer.share / layers[0].share if layers[0].share else 0.0
+        bar = f'<div class="track"><i style="width:{length:.2%};background:{_kind(layer)}"></i></div>'
+        items += (
+            f'<li><div class="head"><span class="words">{text(layer.words)}</span>'
+            f"<span>{milliseconds(layer.per_video_ms)} · {layer.share:.1%}</span></div>{bar}"
+            f'<div class="small muted"><code>{text(layer.stage)}: {text(layer.name)}</code> {text(layer.precision)} '
+            f"{text(', '.join(layer.kernels[:4]))} · {milliseconds(layer.call_ms)} per call{reached}</div>"
+            f"<ul class='small'>{''.join(advice[f'{layer.stage}: {layer.name}'])}</ul></li>"
+        )
+    content = f'<ul class="small">{"".join(general)}</ul>' if general else ""
+    content += f'<ol class="layers">{items}</ol>' if items else ""
+    return _section(
+        "The largest layers, and what would speed them up", "Shares are of all layers' time per video.", content
+    )
+
+
+def _kind(layer: LayerTiming) -> str:
+    return f"var(--{layer.kind if layer.kind in _KINDS else 'other'})"
+
+
+def roofline(profile: Profile) -> str:
+    """Show how close the products, convolutions and attentions come to the machine's limits."""
+    peak = profile.peak
+    if peak is None or profile.layers is None:
+        return ""
+    points = [place for layer in profile.layers.layers[:60] if (place := point(layer, peak)) is not None]
+    if not points:
+        return ""
+    ridge = max(peak.flops.values()) / peak.bandwidth
+    intensities = [place.intensity for place in points]
+    x = Axis(min(*intensities, 1.0) / 1.5, max(*intensities, ridge) * 2, "operations per byte", logarithmic=True)
+    rates = [place.rate for place in points]
+    lowest = min(*rates, x.low * peak.bandwidth) / 1.5 / 1e9
+    y = Axis(lowest, max(*rates, *peak.flops.values()) * 1.6 / 1e9, "billion operations per second", logarithmic=True)
+    shapes: list[Line | Area] = []
+    labels = []
+    used = {place.layer.precision for place in points}
+    for precision, rate in sorted(peak.flops.items(), key=lambda item: item[1]):
+        if precision not in used and precision not in ("fp32", "int8"):
+            continue
+        knee = rate / peak.bandwidth
+        shapes.append(Line([(knee, rate / 1e9), (x.high, rate / 1e9)], "host", 2.0, dashed=precision not in used))
+        labels.append(Label(x.high, rate / 1e9, f"{precision} {number(rate / 1e9)}"))
+    highest = max(rate for precision, rate in peak.flops.items() if precision in used or precision in ("fp32", "int8"))
+    slope = [(x.low, x.low * peak.bandwidth / 1e9), (highest / peak.bandwidth, highest / 1e9)]
+    shapes.append(Line(slope, "host", 2.0))
+    dots = [_roof_dot(place) for place in reversed(points)]
+    how = "measured just before" if peak.measured else "by its documents"
+    caption = f"Roof: {peak.name}, {how}; {number(peak.bandwidth / 1e9)} GB/s. A dot is a layer; dashed: not used."
+    keys = legend([(_KIND_WORDS.get(kind, kind), kind) for kind in ("gemm", "attention", "convolution")])
+    about = (
+        "Below the slope a layer waits for memory, below the flat roof for arithmetic. Far below both it is too small."
+    )
+    return _section("Roofline", about, keys + plot(x, y, shapes, dots, caption, labels))
+
+
+def _roof_dot(place: Point) -> Dot:
+    layer = place.layer
+    title = (
+        f"{layer.words}: {number(place.rate / 1e9)} GFLOP/s at {number(place.intensity)} operations per byte, "
+        f"{share_of_roof(place)} of the roof ({place.bound})"
+    )
+    return Dot(place.intensity, place.rate / 1e9, layer.kind, title)
+
+
+def memory(profile: Profile) -> str:
+    """Show resident memory over time, cold and warm."""
+    content = ""
+    for title, record in (
+        ("Cold run", next((one for one in profile.runs if one.temperature == "cold"), None)),
+        ("Warm run, the median one", median_run(profile)),
+    ):
+        if record is None or len(record.memory) < 2:
+            continue
+        own = [(sample.at_ms, sample.anonymous_bytes / _MIB) for sample in record.memory]
+        both = [(at, up + sample.file_bytes / _MIB) for (at, up), sample in zip(own, record.memory, strict=True)]
+        x = Axis(0.0, own[-1][0], "milliseconds")
+        y = Axis(0.0, max(up for _, up in both) * 1.08, "MiB")
+        floor = [(at, 0.0) for at, _ in own]
+        shapes = [Area(floor, own, "dit"), Area(own, both, "host", 0.45)]
+        content += f"<h3>{text(title)}</h3>" + plot(x, y, shapes, (), _phases(profile, record))
+    keys = legend([("its own (anonymous)", "dit"), ("mapped files: libraries, weights", "host")])
+    return _section("Memory", "Resident memory of the process.", keys + content) if content else ""
+
+
+def _phases(profile: Profile, record: RunRecord) -> str:
+    summary = profile.cold if record.temperature == "cold" else profile.warm
+    if summary is None:
+        return ""
+    peaks = (f"{phase.phase} {number(phase.anonymous_bytes / _MIB)} MiB" for phase in summary.memory)
+    return f"Largest of its own, by phase: {', '.join(peaks)}"
+
+
+def comparison(profile: Profile) -> str:
+    """Show ratios with their intervals."""
+    found = profile.comparison
+    if found is None:
+        return ""
+    ends = [value for one in found.ratios for value in (one.ratio, one.low, one.high) if value is not None]
+    axis = Axis(min(*ends, 0.95) / 1.05, max(*ends, 1.05) * 1.05, "", logarithmic=True)
+    rows = ""
+    for one in found.ratios:
+        low, high = (one.low, one.high) if one.low is not None and one.high is not None else (one.ratio, one.ratio)
+        left, width = axis.place(low), axis.place(high) - axis.place(low)
+        words = verdict(one)
+        kind = {"slower": "bad", "faster": "good"}.get(words, "muted")
+        between = "" if one.low is None else f" ({low:.2f} to {high:.2f})"
+        rows += (
+            f'<div class="small">{text(one.what)}</div><div class="ratio">'
+            f'<span class="one" style="left:{axis.place(1.0):.2%}"></span>'
+            f'<span class="span" style="left:{left:.2%};width:{width:.2%}"></span>'
+            f'<span class="mid" style="left:{axis.place(one.ratio):.2%}"></span></div>'
+            f'<div class="small value">{one.ratio:.2f}{between}<br><span class="{kind}">{words}</span></div>'
+        )
+    about = (
+        f"Time of {found.other.bundle} over time of {profile.work.bundle}, {found.rounds} rounds in turn, with "
+        f"{found.confidence:.0%} intervals; the dashed line is 1."
+    )
+    title = f"Beside {found.other.bundle}"
+    return _section(title, about, f'<div class="bars">{rows}</div>')
