@@ -12,7 +12,6 @@ Letters: ``C`` channels, ``T`` ``H`` ``W`` latent frames, rows and columns, ``n`
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -36,9 +35,9 @@ from reelforge.runtime.memo import Memos
 from reelforge.runtime.preview import ColourMap, Previews
 from reelforge.runtime.prompt_stages import conditioning, encoding, result_of
 from reelforge.runtime.request import Request, ResolvedRequest, resolve_request
-from reelforge.runtime.request_loop import requested_loop
 from reelforge.runtime.resume import check_first_step, kept
-from reelforge.runtime.sampling import SamplingError, take_step
+from reelforge.runtime.sample import sampling
+from reelforge.runtime.sampling import SamplingError
 from reelforge.runtime.stage_inputs import Conditions, StageInputs, TextEncoding
 from reelforge.runtime.stages import Stages, Statistics
 from reelforge.runtime.turns import Turns
@@ -243,8 +242,8 @@ class Pipeline:
         with self._turns.take(stop):
             self._stages.watch.check_tokenizers()
             texts = [self.inputs.text(prompt) for prompt in prompts]
-            self._stages.answer_ahead("llm", [text.llm for text in texts], stop)
-            self._stages.answer_ahead("clip", [text.clip for text in texts], stop)
+            self._stages.answer_ahead(self.engine, "llm", [text.llm for text in texts], stop)
+            self._stages.answer_ahead(self.engine, "clip", [text.clip for text in texts], stop)
 
     def condition(self, request: ResolvedRequest, text: TextEncoding) -> Conditions:
         """Compute everything that ``dit`` is told besides the latents, for all steps at once.
@@ -353,12 +352,12 @@ class Pipeline:
 
     def _encoding(self, prompt: str, stop: Stop) -> Generator[Event, None, TextEncoding]:
         self._stages.watch.check_tokenizers()
-        return encoding(prompt, self.inputs, self._stages.answer, stop)
+        return encoding(prompt, self.inputs, partial(self._stages.answer, self.engine), stop)
 
     def _conditioning(
         self, request: ResolvedRequest, text: TextEncoding, stop: Stop
     ) -> Generator[Event, None, Conditions]:
-        return conditioning(request, text, self.inputs, self._stages.answer, stop)
+        return conditioning(request, text, self.inputs, partial(self._stages.answer, self.engine), stop)
 
     def _sampling(
         self,
@@ -369,17 +368,8 @@ class Pipeline:
         first_step: int = 0,
         previews: Previews | None = None,
     ) -> Generator[Event, None, FloatArray]:
-        """Step through the loop; the latents come back after each step, so that a failure cannot lose them."""
-        total = request.steps
-        with requested_loop(request, conditions, latents, self.engine) as loop:
-            started = time.monotonic()
-            for step in range(first_step, total):
-                stop.check(f"step {step + 1} of {total}")
-                before, latents = latents, take_step(loop, step, total, latents)
-                pace_s = (time.monotonic() - started) / (step + 1 - first_step)
-                shown = None if previews is None else previews.after(step, before, latents)
-                yield Progress("sampling", step + 1, total, pace_s * (total - step - 1), shown, skipped=loop.skipped)
-        return latents
+        make_room = self._stages.residency.make_room
+        return sampling(request, conditions, latents, self.engine, stop, make_room, first_step, previews)
 
     def _decoding(self, latents: FloatArray, stop: Stop, saved: str = "") -> Generator[Event, None, None]:
         lend = partial(self.engine, "vae_decoder")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from reelforge.runtime.bundle.watch import Watch
 from reelforge.runtime.control import Stop
 from reelforge.runtime.engines.engine import Array, Engine, EngineOptions
 from reelforge.runtime.engines.load import load_engine
-from reelforge.runtime.errors import EngineError
+from reelforge.runtime.errors import EngineError, OutOfMemoryError
 from reelforge.runtime.host_memory import return_freed
 from reelforge.runtime.memo import Memos, key_of
 from reelforge.runtime.recipe import Backend
@@ -31,6 +31,9 @@ from reelforge.runtime.residency import Residency
 
 if TYPE_CHECKING:
     from reelforge.runtime.engines.device_session import DeviceSession
+
+Lend = Callable[[str], AbstractContextManager[Engine]]
+"""A stage to its engine, for the duration of a ``with`` block."""
 
 STAGES = ("llm", "clip", "refiner", "modulation", "dit", "vae_decoder")
 
@@ -117,8 +120,13 @@ class Stages:
             if not self._bundle.manifest.target.backend.has_plans:
                 return_freed()  # else what many shapes leave between blocks in use adds up, to several times the need
 
-    def answer(self, stage: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+    def answer(self, lend: Lend, stage: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """Run a stage, unless it was asked the same before; nobody may alter what it answered.
+
+        Args:
+            lend: Lends engines: the pipeline's own method, which may wrap them or lend others.
+            stage: The stage.
+            inputs: What it is told.
 
         Raises:
             EngineError: If the engine cannot be loaded or fails.
@@ -128,13 +136,17 @@ class Stages:
         known = memo.get(key) if key else None
         if known is not None:
             return known
-        with self.lease(stage) as engine:
-            answer = engine.run(inputs)
+        try:
+            answer = _run(lend, stage, inputs)
+        except OutOfMemoryError:
+            if not self.residency.make_room():
+                raise
+            answer = _run(lend, stage, inputs)
         if key:
             memo.put(key, answer)
         return answer
 
-    def answer_ahead(self, stage: str, wanted: Sequence[Mapping[str, Array]], stop: Stop) -> None:
+    def answer_ahead(self, lend: Lend, stage: str, wanted: Sequence[Mapping[str, Array]], stop: Stop) -> None:
         """Run a stage for several inputs that it was not asked before, loaded once, and remember the answers.
 
         One call each: what a stage says to one input must not depend on which others were there, and a product over
@@ -149,7 +161,7 @@ class Stages:
         if not unknown or not memo.limit_bytes:
             return
         stop.check(f"stage {stage!r}")
-        with self.lease(stage) as engine:
+        with lend(stage) as engine:
             for number, (key, one) in enumerate(unknown.items(), 1):
                 stop.check(f"prompt {number} of {len(unknown)} of stage {stage!r}")
                 memo.put(key, engine.run(one))
@@ -212,3 +224,8 @@ class Stages:
 
     def _need_of(self, stage: str) -> StageBytes:
         return self._needs.get(stage) or self._need(stage, {})
+
+
+def _run(lend: Lend, stage: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    with lend(stage) as engine:
+        return engine.run(inputs)
