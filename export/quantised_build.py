@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import onnx_ir as ir
+
 from reelforge.calibration.gate import measure_quality, meets, require_quality
 from reelforge.calibration.prompts import DEFAULT_PROMPTS, read_prompts, split_prompts
 from reelforge.calibration.rules import Formats, SmoothingGroup
@@ -22,6 +24,7 @@ from reelforge.export.build_source import BuildSource
 from reelforge.export.calibrate import CalibrationOptions, calibrate
 from reelforge.export.calibration_plan import format_names
 from reelforge.export.graph_file import graph_bytes
+from reelforge.export.passes.lower_float8 import LowerFloat8Pass
 from reelforge.export.plans import add_plans
 from reelforge.export.quantisation import (
     StagePlan,
@@ -37,7 +40,7 @@ from reelforge.export.stage_compiler import StageCompiler, link_stage
 from reelforge.runtime.bundle.open import Bundle, Check
 from reelforge.runtime.bundle.write import BundleWriter
 from reelforge.runtime.errors import RequestError
-from reelforge.runtime.manifest import Manifest, StageEntry
+from reelforge.runtime.manifest import Manifest, StageEntry, WeightEntry
 from reelforge.runtime.pipeline import Pipeline
 from reelforge.runtime.quality import QualityThresholds
 from reelforge.runtime.recipe import Backend, Precision, Recipe, Target
@@ -211,7 +214,8 @@ class QuantisedBuild:
         """Yield the unfinished bundle in a form that runs here.
 
         Plans run on GPUs only. In their place stand graphs with the same 8-bit weights and scales and, beside these,
-        fp32: what they show is the cost of quantisation, and not that of bf16 or fp16 elsewhere.
+        fp32: what they show is the cost of quantisation, and not that of bf16 or fp16 elsewhere. Attention that a
+        target's plugins compute is executed through their ONNX functions.
         """
         # Files are listed when a bundle is sealed; until then the tokenizers are found as the reference's.
         files = reference.manifest.files
@@ -225,11 +229,13 @@ class QuantisedBuild:
             stages = {stage.name: stage for stage in self.source.stages}
             entries = []
             for entry in manifest.stages:
-                if entry.name in plans:
-                    source, used = writer.folder, entry
-                    weights = {weight.name: weight for weight in entry.weights}
-                    model = gpu_numbers.graph(stages[entry.name], Precision.FP32, plans[entry.name], weights)
-                    data = graph_bytes(model)
+                weights = {weight.name: weight for weight in entry.weights}
+                plan = plans.get(entry.name, StagePlan())
+                model = self._plugin_graph(stages[entry.name], plan, weights)
+                if model is None and entry.name in plans:
+                    model = gpu_numbers.graph(stages[entry.name], Precision.FP32, plan, weights)
+                if model is not None:
+                    source, used, data = writer.folder, entry, graph_bytes(model)
                 else:
                     source, used = reference.path, reference.stage(entry.name)
                     data = (source / used.graph).read_bytes()
@@ -244,6 +250,19 @@ class QuantisedBuild:
             yield Bundle(folder, replace(manifest, target=CPU, stages=tuple(entries), files=files))
         finally:
             shutil.rmtree(folder)
+
+    def _plugin_graph(self, stage: Stage, plan: StagePlan, weights: Mapping[str, WeightEntry]) -> ir.Model | None:
+        """Return the graph of a stage whose attention plugins compute, with their functions; None for other stages.
+
+        It is the target's own graph in fp32: attention costs what it costs there, also beside layers in high precision.
+        """
+        if self.compiler.target.backend is not Backend.TRT or not self.compiler.attentions.get(stage.name):
+            return None
+        model = self.compiler.graph(stage, Precision.FP32, plan, weights)
+        if not model.functions:
+            return None
+        LowerFloat8Pass()(model)
+        return model
 
     def _gated(self, reference: Bundle, bundle: Bundle, manifest: Manifest, work: _Work, scales: ScaleFile) -> Manifest:
         """Measure ``bundle`` against its reference, and refuse it if it is not good enough."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.errors import BundleError
+from reelforge.runtime.manifest import StageEntry
 
 _State = tuple[int, int, int]
 
@@ -20,7 +21,10 @@ class Watch:
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
-        self._states = {entry.path: _state(bundle.path / entry.path) for entry in bundle.manifest.files}
+        listed = [entry.path for entry in bundle.manifest.files]
+        # An unfinished bundle, as a build's gate runs it, does not list all files of its stages yet.
+        of_stages = [path for entry in bundle.manifest.stages for path in _files(entry)]
+        self._states = {path: _state(bundle.path / path) for path in dict.fromkeys([*listed, *of_stages])}
 
     def check_stage(self, stage: str) -> None:
         """Check the files of which a stage is loaded.
@@ -28,11 +32,7 @@ class Watch:
         Raises:
             BundleError: Naming the first that is another than before.
         """
-        entry = self._bundle.stage(stage)
-        paths = [plan.path for plan in entry.plans]
-        if not paths:
-            paths = [entry.graph, *dict.fromkeys(weight.file for weight in entry.weights)]
-        for path in paths:
+        for path in _files(self._bundle.stage(stage)):
             self._check(path)
 
     def check_tokenizers(self) -> None:
@@ -55,6 +55,12 @@ class Watch:
                 expected="no file" if before is None else _words(before),
                 fix="open the pipeline again, which checks the bundle as it is now; do not build into an open bundle",
             )
+
+
+def _files(entry: StageEntry) -> list[str]:
+    """Return the files of which a stage is loaded."""
+    plans = [plan.path for plan in entry.plans]
+    return plans or [entry.graph, *dict.fromkeys(weight.file for weight in entry.weights)]
 
 
 def _state(path: Path) -> _State | None:
