@@ -6,6 +6,7 @@ Text encoders here are causal with padding on the right, so running the valid to
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from reelforge.runtime.manifest import PromptTemplate
 from reelforge.runtime.spec import ClipSpec, LlmSpec
 
 TEMPLATE_SLOT = "{}"
+
+_TOKENIZERS = 8
+"""How many are kept: two per bundle that is open."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,20 @@ def clip_tokens(prompt: str, tokenizer_path: Path, spec: ClipSpec) -> Tokens:
 
 
 def _load(path: Path) -> Tokenizer:
+    """Return a file's tokenizer; the same one again as long as the file is.
+
+    Loading is slow where the vocabulary is large, and every time leaves kilobytes that tokenizers 0.23 never frees.
+    """
+    try:
+        status = path.stat()
+    except OSError:
+        return _loaded(path, 0, 0, 0)  # which says what is wrong
+    return _loaded(path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@functools.lru_cache(maxsize=_TOKENIZERS)
+def _loaded(path: Path, *state: int) -> Tokenizer:
+    del state  # part of the key
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing narrower

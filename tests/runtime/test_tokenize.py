@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reelforge.runtime import tokenize
 from reelforge.runtime.errors import BundleError, RequestError
 from reelforge.runtime.manifest import PromptTemplate
 from reelforge.runtime.tokenize import clean_prompt, clip_tokens, llm_tokens
@@ -140,3 +141,15 @@ def test_tokenizers_of_another_model(tokenizers: tuple[Path, Path], tmp_path: Pa
     (tmp_path / "llm.json").write_text("{}")
     with pytest.raises(BundleError, match="is not a tokenizer"):
         llm_tokens("x", tmp_path / "llm.json", TEMPLATE, SPEC.llm)
+
+
+def test_a_tokenizer_is_loaded_once_and_again_when_its_file_changes(tmp_path: Path) -> None:
+    path = tmp_path / "llm.json"
+    byte_tokenizer("<s>", None).save(str(path))
+    first = tokenize._load(path)
+    assert tokenize._load(path) is first
+    byte_tokenizer("<other>", None).save(str(path))
+    assert tokenize._load(path) is not first
+    path.unlink()
+    with pytest.raises(BundleError, match="is not a tokenizer"):
+        tokenize._load(path)
