@@ -77,7 +77,8 @@ class CachedStep:
             residual = 1.0
         elif self._how is Reuse.EXTRAPOLATE:
             since, before = self._sigmas[step] - self._sigmas[self._computed], self._sigmas[self._earlier]
-            trend = float(since / (self._sigmas[self._computed] - before))
+            # No further than the line was followed to find it: beyond that it leads away (benchmarks/step_cache.md).
+            trend = min(float(since / (self._sigmas[self._computed] - before)), 1.0)
         registers.write("residual_weight", np.array(residual, np.float32))
         registers.write("trend_weight", np.array(trend, np.float32))
         registers.write("sigma_step", self._sigma_steps[step, ...])

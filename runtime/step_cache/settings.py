@@ -39,7 +39,7 @@ class Reuse(enum.Enum):
     2503.06923), and is what ``benchmarks/step_cache.md`` finds for velocities.
     """
 
-    EXTRAPOLATE = "extrapolate"  # the line in sigma through the last two computed velocities
+    EXTRAPOLATE = "extrapolate"  # the line in sigma through the last two computed velocities, as far as these are apart
     RESIDUAL = "residual"  # v_c + (x - x_c): as EasyCache and MagCache were published
     VELOCITY = "velocity"  # v_c
 

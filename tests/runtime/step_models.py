@@ -183,7 +183,8 @@ def _cached(
             v = {
                 Reuse.RESIDUAL: x + (v1 - x1),
                 Reuse.VELOCITY: v1,
-                Reuse.EXTRAPOLATE: v1 + slope * (sigmas[step] - sigmas[last]),
+                # sigmas fall: the line goes on for at most the distance between the two points that it goes through
+                Reuse.EXTRAPOLATE: v1 + slope * max(sigmas[step] - sigmas[last], sigmas[last] - sigmas[first]),
             }[how]
         else:
             error, skips = 0.0, 0

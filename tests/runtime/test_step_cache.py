@@ -106,7 +106,7 @@ def test_a_skipped_step_costs_no_evaluation() -> None:
 
 def test_reuse_is_exact_where_the_model_is_what_it_assumes() -> None:
     """A velocity that never changes, one that is a line in sigma, and one whose residual never changes."""
-    steps = schedule(STEPS).astype(np.float64)
+    steps = schedule(STEPS, shift=1.0).astype(np.float64)
     sigmas = np.concatenate([[0.0], np.cumsum(steps)])
     one, other = noise(1).astype(np.float64), noise(2).astype(np.float64)
     models = {
@@ -116,7 +116,8 @@ def test_reuse_is_exact_where_the_model_is_what_it_assumes() -> None:
     }
     for how, velocity in models.items():
         for cached in Reuse:
-            latents, computed = sampled(velocity, MagCache([1.0] * STEPS, 1.0, 3), noise(), schedule(STEPS), 2, cached)
+            every_second = MagCache([1.0] * STEPS, 1.0, 1)
+            latents, computed = sampled(velocity, every_second, noise(), schedule(STEPS, shift=1.0), 2, cached)
             assert not all(computed)
             exact = noise().astype(np.float64)
             for step in range(STEPS):
@@ -170,3 +171,16 @@ def test_latents_before_a_step_survive_it() -> None:
         latents = following
     assert loop.skipped == STEPS - 2 - 1 - 3  # two of three between the second and the last
     assert len(registers._own) <= 9, "arrays are used again"
+
+
+def test_a_line_is_followed_no_further_than_it_is_known() -> None:
+    """Two computed steps beside each other and a long run of skips: the velocity stays where one more step leads."""
+    one, other = noise(1).astype(np.float64), noise(2).astype(np.float64)
+    steps = schedule(6, shift=1.0)
+    latents, computed = sampled(
+        lambda x, step: one + step * other, MagCache([1.0] * 6, 1.0, None), noise(), steps, 2, Reuse.EXTRAPOLATE
+    )
+    assert computed == [True, True, False, False, False, True]
+    followed = [0, 1, 2, 2, 2, 5]
+    expected = noise() + sum(steps[step] * (one + place * other) for step, place in enumerate(followed))
+    np.testing.assert_allclose(latents, expected, atol=2e-5)

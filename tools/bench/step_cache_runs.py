@@ -48,11 +48,13 @@ class Clip:
         video: float32 ``[frames, height, width, 3]`` in [0, 1].
         evaluations: Of the model.
         loop_s: From the end of the first step to that of the last.
+        cpu_s: Of this process in that time; of one thread it hardly depends on what else the machine does.
     """
 
     video: Video
     evaluations: int
     loop_s: float
+    cpu_s: float
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Point:
         errors: Mean squared error of each video against that of the full run with the same noise.
         accuracy: Share of videos that show what the prompt says, in all four respects.
         loop_s: Of each case and repeat.
+        cpu_s: Likewise.
     """
 
     setting: Setting
@@ -72,6 +75,7 @@ class Point:
     errors: tuple[float, ...]
     accuracy: float
     loop_s: tuple[float, ...]
+    cpu_s: tuple[float, ...]
 
     @property
     def mean_evaluations(self) -> float:
@@ -99,13 +103,15 @@ def generate(pipeline: Pipeline, case: Case, seed: int, setting: Setting) -> Cli
     cache = StepCache.parse(setting.cache) if setting.cache else None
     request = Request(case.prompt, steps=setting.steps, seed=seed, step_cache=cache)
     batches, ends, skipped = [], [], 0
+    cpu_ends = []
     for event in pipeline.stream(request):
         if isinstance(event, Frames):
             batches.append(event.values)
         elif isinstance(event, Progress) and event.phase == "sampling":
             ends.append(time.perf_counter())
+            cpu_ends.append(time.process_time())
             skipped = event.skipped
-    return Clip(np.concatenate(batches), setting.steps - skipped, ends[-1] - ends[0])
+    return Clip(np.concatenate(batches), setting.steps - skipped, ends[-1] - ends[0], cpu_ends[-1] - cpu_ends[0])
 
 
 def measure(
@@ -129,7 +135,9 @@ def measure(
     references = [generate(pipeline, case, seed, full).video for seed, case in enumerate(cases)]
     points = []
     for setting in (full, *settings):
-        videos, evaluations, times = [], [], []
+        videos, evaluations = [], []
+        times: list[float] = []
+        cpu_times: list[float] = []
         for seed, case in enumerate(cases):
             clips = [generate(pipeline, case, seed, setting) for _ in range(repeats)]
             if any(not np.array_equal(clip.video, clips[0].video) for clip in clips):
@@ -137,11 +145,12 @@ def measure(
             videos.append(clips[0].video)
             evaluations.append(clips[0].evaluations)
             times += [clip.loop_s for clip in clips]
+            cpu_times += [clip.cpu_s for clip in clips]
         errors = tuple(
             float(np.mean((one.astype(np.float64) - other) ** 2)) for one, other in zip(videos, references, strict=True)
         )
         accuracy = judge([video.transpose(0, 3, 1, 2) for video in videos], cases)["together"]
-        points.append(Point(setting, tuple(evaluations), errors, accuracy, tuple(times)))
+        points.append(Point(setting, tuple(evaluations), errors, accuracy, tuple(times), tuple(cpu_times)))
         tell(
             f"{setting.series} {setting.label}: {points[-1].mean_evaluations:.1f} evaluations, "
             f"{points[-1].psnr_db:.1f} dB, lowest {points[-1].lowest_db:.1f} dB, {accuracy:.3f} right"

@@ -19,7 +19,7 @@ STEPS = 20
 def point(series: str, label: str, evaluations: tuple[int, ...], *decibels: float) -> Point:
     cache = "" if series in ("full run", "fewer steps") else "easycache:0.1"
     errors = tuple(0.0 if value == np.inf else 10 ** (-value / 10) for value in decibels)
-    return Point(Setting(series, label, STEPS, cache), evaluations, errors, 1.0, (0.1, 0.2))
+    return Point(Setting(series, label, STEPS, cache), evaluations, errors, 1.0, (0.1, 0.2), (0.1, 0.1))
 
 
 FULL = point("full run", "20 steps", (20, 20), np.inf, np.inf)
