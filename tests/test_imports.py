@@ -23,7 +23,10 @@ ALLOWED = {
 PACKAGES = ("runtime", "plugins", "calibration", "export", "tools")
 RUNTIME_LIBRARIES = {"av", "numpy", "onnxruntime", "tokenizers"}
 COMPILER_LIBRARIES = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "diffusers", "safetensors", "ml_dtypes")
-WITHOUT_COMPILER = ("main", "console", "generate", "inspect_bundle", "synthesize")  # modules of tools/
+WITHOUT_COMPILER = (  # modules of tools/
+    "main", "console", "generate", "inspect_bundle", "profile", "profiling.layers_tensorrt", "profiling.report_html",
+    "profiling.session", "synthesize",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,10 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from reelforge.tools.profiling.recorder import MemorySampler, Recorder
 
 _GRACE_S = 20.0
 
@@ -88,11 +91,18 @@ def main(arguments: list[str]) -> int:
     """Do the cold run (see the module's docstring)."""
     begun_ns = time.perf_counter_ns()
     asked = ColdRequest(**json.loads(Path(arguments[0]).read_text(encoding="utf-8")))
-    from reelforge.tools.profiling.recorder import Recorder
-    from reelforge.tools.profiling.schema import Kind
+    from reelforge.tools.profiling.recorder import MemorySampler, Recorder
 
     recorder = Recorder(origin_ns=asked.origin_ns)
+    with MemorySampler(recorder) as sampler:
+        return _run(asked, begun_ns, recorder, sampler, Path(arguments[1]))
+
+
+def _run(asked: ColdRequest, begun_ns: int, recorder: Recorder, sampler: MemorySampler, result: Path) -> int:
+    from reelforge.tools.profiling.schema import Kind
+
     recorder.add("start Python", Kind.START, "", 0.0, (begun_ns - asked.origin_ns) / 1e6)
+    recorder.enter("import")
     with recorder.span("import runtime", Kind.IMPORT):
         from reelforge.runtime.bundle.open import Bundle, Check
         from reelforge.runtime.codec import from_json, to_json
@@ -103,21 +113,23 @@ def main(arguments: list[str]) -> int:
         from reelforge.tools.profiling.measure import InterruptedRun, measure_run
         from reelforge.tools.profiling.nvtx_ranges import NO_RANGES, open_ranges
     try:
+        recorder.enter("open")
         with recorder.span("open bundle", Kind.OPEN):
             bundle = Bundle.open(asked.bundle, Check(asked.check))
+        recorder.enter("import")
         with recorder.span("import backend", Kind.IMPORT):
             import_backend(bundle.manifest.target.backend.value)
         options = from_json(EngineOptions, asked.options)
         recorder.use(open_ranges() if asked.ranges else NO_RANGES)
         with ProfilingPipeline(bundle, options, recorder) as pipeline:
             request = from_json(Request, asked.request)
-            record = measure_run(pipeline, request, "cold", Path(asked.folder), recorder=recorder)
+            record = measure_run(pipeline, request, "cold", Path(asked.folder), recorder=recorder, sampler=sampler)
     except InterruptedRun as interrupted:
         record = interrupted.record
     except ReelforgeError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    Path(arguments[1]).write_text(json.dumps(to_json(record)), encoding="utf-8")
+    result.write_text(json.dumps(to_json(record)), encoding="utf-8")
     return 0 if record.complete else 130
 
 

@@ -5,6 +5,7 @@ The module runs pipelines; it does not decide how often, and makes no sense of t
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from reelforge.runtime.events import Frames, Progress
@@ -31,6 +32,7 @@ def measure_run(
     folder: Path,
     ranges: Ranges = NO_RANGES,
     recorder: Recorder | None = None,
+    sampler: MemorySampler | None = None,
 ) -> RunRecord:
     """Generate a video and return what happened.
 
@@ -41,6 +43,7 @@ def measure_run(
         folder: Where the video goes, which is removed again.
         ranges: Where spans are announced besides.
         recorder: Of a run that has begun before, with the imports; None begins now.
+        sampler: Of such a run, sampling already.
 
     Raises:
         InterruptedRun: On Ctrl-C, with the record so far.
@@ -49,16 +52,16 @@ def measure_run(
     load = LoadMeter()
     recorder = recorder or Recorder(ranges)
     pipeline.recorder = recorder
-    sampler = MemorySampler(recorder)
-    recorder.phase = "text"
+    recorder.enter("text")
+    samples = sampler or MemorySampler(recorder)
     complete = False
     try:
-        with sampler:
+        with nullcontext() if sampler else samples:
             _generate(pipeline, request, recorder, folder)
         complete = True
     except KeyboardInterrupt as error:
-        raise InterruptedRun(_record(recorder, sampler, temperature, pipeline, load, complete)) from error
-    return _record(recorder, sampler, temperature, pipeline, load, complete)
+        raise InterruptedRun(_record(recorder, samples, temperature, pipeline, load, complete)) from error
+    return _record(recorder, samples, temperature, pipeline, load, complete)
 
 
 def _record(

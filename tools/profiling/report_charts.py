@@ -106,10 +106,14 @@ def lanes(rows: Sequence[tuple[str, Sequence[Bar]]], axis: Axis) -> str:
                 f'width:{width:.3%};background:{colour(bar.colour)}">{text(bar.label) if fits else ""}</i>'
             )
         parts.append("</div>")
-    ticks = axis.ticks()
-    marks = "".join(
-        f'<span style="left:{axis.place(tick):.2%}">{number(tick)} {text(axis.unit)}</span>' for tick in ticks
-    )
+    ticks = nice_ticks(axis.low, axis.high, 4)
+    marks = ""
+    for index, tick in enumerate(ticks):
+        # Numbers at the borders stay inside; the unit is said once.
+        place, last = axis.place(tick), index == len(ticks) - 1
+        side = "start" if index == 0 else "end" if last and place > 0.9 else "middle"
+        shown = f"{number(tick)} {text(axis.unit)}" if last else number(tick)
+        marks += f'<span class="{side}" style="left:{place:.2%}">{shown}</span>'
     return "".join(parts) + f'<div></div><div class="axis">{marks}</div></div>'
 
 

@@ -102,7 +102,7 @@ box-shadow:inset -1px 0 var(--card)}
 .lane i.thin{padding:0}
 .axis{position:relative;height:1.3rem;font-size:.8rem;color:var(--muted)}
 .axis span{position:absolute;transform:translateX(-50%);white-space:nowrap}
-.axis span:first-child{transform:none}.axis span:last-child{transform:translateX(-100%)}
+.axis .start{transform:none}.axis .end{transform:translateX(-100%)}
 .legend{display:flex;flex-wrap:wrap;gap:.2rem 1rem;margin:.5rem 0;font-size:.86rem;color:var(--muted)}
 .legend span::before{content:"";display:inline-block;width:.75rem;height:.75rem;border-radius:2px;margin-right:.4rem;
 background:var(--c);vertical-align:-.05rem}

@@ -12,6 +12,7 @@ from reelforge.tools.profiling.schema import LayerProfile, Machine, RunRecord, S
 
 _QUIET, _LOADED = 0.1, 0.3
 _STEADY, _NOISY = 0.05, 0.15
+_WORTH_SAYING = 0.1
 
 
 def noise_notes(
@@ -27,19 +28,19 @@ def noise_notes(
     if warm.steps is not None and warm.steps.count > 1:
         steps = warm.steps
         notes.append(
-            f"Of {steps.count} steps, half are within {steps.spread:.0%} of their median; the slowest took "
-            f"{steps.max_ms / steps.median_ms:.1f} times as long."
+            f"The middle half of {steps.count} steps spans {steps.spread:.0%} of their median; the slowest took "
+            f"{steps.max_ms / steps.median_ms:.1f} times the median."
         )
     if layers is not None and layers.layers:
         slower = [
             layers.profiled_ms[stage] / layers.plain_ms[stage]
             for stage in layers.profiled_ms
-            if layers.plain_ms.get(stage)
+            if layers.plain_ms.get(stage, 0.0) > _WORTH_SAYING * max(layers.plain_ms.values())
         ]
         if slower:
             notes.append(
                 f"Layers were timed in runs of their own; their sum is {min(slower):.2f} to {max(slower):.2f} times "
-                "a plain call, by stage. Shares are of these sums."
+                "a plain call, in the stages that matter. Shares are of these sums."
             )
         if layers.unnamed_share > 0.001:
             notes.append(f"{layers.unnamed_share:.1%} of the layers' time was given to a layer by position alone.")
