@@ -43,7 +43,7 @@ class EasyCache:
     Args:
         change: The stage ``step_change``.
         threshold: The paper's tau, as a fraction.
-        max_skips: Longest run of skipped steps; the paper has no such limit.
+        max_skips: Longest run of skipped steps; None means no limit, as in the paper.
     """
 
     def __init__(self, change: Engine, threshold: float, max_skips: int | None = None) -> None:

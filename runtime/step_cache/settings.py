@@ -45,7 +45,7 @@ class Reuse(enum.Enum):
 
 
 _WARMUP_SHARE = {Method.EASYCACHE: 0.1, Method.MAGCACHE: 0.2}
-_MAX_SKIPS = {Method.EASYCACHE: None, Method.MAGCACHE: 4}
+_MAX_SKIPS = {Method.EASYCACHE: 3, Method.MAGCACHE: 4}
 LEAST_WARMUP = 2
 """The change of the velocity is known after two evaluations."""
 
@@ -70,7 +70,8 @@ class StepCache:
         warmup: How many first steps are always computed, at least 2. None means the papers' share, a tenth of the
             steps for EasyCache (5 of 50 there) and a fifth for MagCache.
         reuse: What stands for a skipped step's velocity. The papers keep the residual.
-        max_skips: Longest run of skipped steps. None means the paper's 4 for MagCache, and no limit for EasyCache.
+        max_skips: Longest run of skipped steps. None means the paper's 4 for MagCache, and 3 for EasyCache, whose paper
+            has no limit: what is predicted from two steps far behind can be far off.
         ratios: The checkpoint's magnitude ratios, for MagCache.
     """
 
@@ -109,8 +110,8 @@ class StepCache:
         share = math.ceil(_WARMUP_SHARE[self.method] * steps)
         return max(LEAST_WARMUP, share if self.warmup is None else self.warmup)
 
-    def longest_run(self) -> int | None:
-        """Return how many steps may be skipped one after the other; None means any number."""
+    def longest_run(self) -> int:
+        """Return how many steps may be skipped one after the other."""
         return _MAX_SKIPS[self.method] if self.max_skips is None else self.max_skips
 
     def problems(self) -> list[Problem]:

@@ -46,7 +46,7 @@ def test_measured_and_used(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_the_summary_says_how_many_steps_were_skipped(bundle: Path, tmp_path: Path) -> None:
-    arguments = ["-p", "a ball", "-o", "a.gif", *SMALL, "--step-cache", "easycache:100"]
+    arguments = ["-p", "a ball", "-o", "a.gif", *SMALL, "--step-cache", "easycache:100,max-skips=99"]
     result = reelforge("generate", bundle, *arguments, folder=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "11 of 14 steps skipped" in result.stderr, "two first and the last are computed"

@@ -178,7 +178,7 @@ def settings_of(steps: int, ratios: Path) -> list[Setting]:
     for threshold in (0.025, 0.05, 0.08, 0.12, 0.2, 0.3):
         made.append(Setting("EasyCache", f"{threshold:g}", steps, f"easycache:{threshold}"))
     for threshold in (0.025, 0.05, 0.08, 0.12, 0.2, 0.3):
-        text = f"easycache:{threshold},reuse=residual"
+        text = f"easycache:{threshold},reuse=residual,max-skips={steps}"
         made.append(Setting("EasyCache as published", f"{threshold:g}", steps, text))
     for threshold in (0.03, 0.06, 0.12, 0.24):
         made.append(Setting("MagCache", f"{threshold:g}", steps, f"magcache:{threshold},ratios={ratios}"))
