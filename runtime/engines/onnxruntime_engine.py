@@ -152,7 +152,7 @@ def _load(
     settings.graph_optimization_level = getattr(runtime.GraphOptimizationLevel, _LEVELS[options.graph_optimization])
     settings.log_severity_level = _SILENT
     # The arena doubles whenever it grows and gives nothing back while the session lives. Without it the peak of the
-    # demonstration model's decoder is half (345 MB, not 694), an idle session holds its weights alone, and a step of its
+    # demonstration decoder is half (345 MB, not 694), an idle session holds its weights alone, and a step of the
     # transformer takes as long (34 and 35 ms, the best of 25).
     settings.enable_cpu_mem_arena = False
     settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spinning else "0")
