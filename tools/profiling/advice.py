@@ -94,13 +94,13 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         _ALL, ("dit",), ("attention",), (), "",
-        "attention kind: leave out keys with sliding tiles or radial windows (docs/attention.md)",
+        "attention kind: leave out keys, where docs/sparse_attention.md says that this backend gains by it",
         "its time grows with the square of the {tokens} image tokens, of which most pairs matter little",
         lambda facts, _: facts.work.image_tokens >= _MANY_TOKENS,
     ),
     Rule(
         _ALL, ("dit",), (), (), "",
-        "step cache: evaluate the model less often, by a step cache or with fewer --steps",
+        "step cache: evaluate the model less often, with generate --step-cache or fewer --steps",
         "it runs {calls} times per video; each evaluation that is left out saves {call_ms} of this layer alone",
     ),
     Rule(

@@ -49,12 +49,12 @@ def test_eight_bits_are_no_advice_where_they_are_not_faster() -> None:
 
 def test_the_loop_is_told_of_step_caching() -> None:
     text = about(advise(LAYERS, facts()), "double.0.image.fc1")
-    assert "step cache" in text
+    assert "--step-cache" in text
     assert "it runs 3 times per video" in text
 
 
 def test_sparse_attention_is_for_many_tokens() -> None:
-    assert "sliding tiles" not in about(advise(LAYERS, facts()), "double.0.attention")
+    assert "leave out keys" not in about(advise(LAYERS, facts()), "double.0.attention")
     long = facts(work=replace(WORK, image_tokens=118_800))
     assert "118,800 image tokens" in about(advise(LAYERS, long), "double.0.attention")
 
