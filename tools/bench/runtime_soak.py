@@ -2,11 +2,11 @@
 
 One of eight requests is cancelled, one of sixteen fails (its latents are not finite), some show previews, some only
 decode; sizes, steps and prompts are drawn anew each time. After every request the process is looked at (``/proc``,
-Linux). The first quarter warms caches up and is not counted. Growth is the slope of a straight line through the rest,
-by least squares. A quantity grows if the slope's 95 % interval lies above zero and its upper end would add
-more than :data:`TOLERANCE` of the mean over the requests that count; its width says what growth would have been missed.
-Intervals suppose that requests are independent of each other, which the order at random makes likely and nothing makes
-sure.
+Linux). The first quarter warms caches up and is not counted, nor is the process while a stage is not loaded. Growth
+is the slope of a straight line through the rest, by least squares. A quantity grows if the slope's 95 % interval lies
+above zero and its upper end would add more than :data:`TOLERANCE` of the mean over the requests that count; its width
+says what growth would have been missed. Intervals suppose that requests are independent of each other, which the order
+at random makes likely and nothing makes sure.
 
     python -m reelforge.tools.bench.runtime_soak demo.bundle --requests 200
 """
@@ -40,9 +40,10 @@ _PROMPTS = tuple(f"a {colour} {thing}" for colour in ("red", "blue", "green") fo
 
 @dataclass(frozen=True)
 class Sample:
-    """The process after a request."""
+    """The process after a request; ``loaded`` stages are in it."""
 
     seconds: float
+    loaded: int
     what: str
     anonymous_bytes: int
     file_bytes: int
@@ -102,9 +103,11 @@ def soak(bundle: Path, requests: int = 200, memory_budget: str | None = None, se
         for _ in range(requests):
             what = _one(pipeline, draw)
             outcomes[what] = outcomes.get(what, 0) + 1
-            samples.append(_look(time.monotonic() - started, what))
+            samples.append(_look(time.monotonic() - started, len(pipeline.statistics().resident_bytes), what))
         counts = pipeline.statistics()
-    counted = samples[int(len(samples) * WARM_SHARE) :]
+    # A failed request closes the transformer: what is in the process then is something else.
+    most = max(sample.loaded for sample in samples)
+    counted = [sample for sample in samples[int(len(samples) * WARM_SHARE) :] if sample.loaded == most]
     names = ("anonymous_bytes", "file_bytes", "descriptors", "threads")
     trends = {name: trend_of([getattr(sample, name) for sample in counted]) for name in names}
     return Soak(tuple(samples), trends, outcomes, counts.loads, counts.memo_hits)
@@ -154,10 +157,11 @@ def _one(pipeline: Pipeline, draw: random.Random) -> str:
     return "finished"
 
 
-def _look(seconds: float, what: str) -> Sample:
+def _look(seconds: float, loaded: int, what: str) -> Sample:
     fields = status_fields(Path("/proc/self/status"))
     return Sample(
         round(seconds, 3),
+        loaded,
         what,
         fields.get("RssAnon", 0),
         fields.get("RssFile", 0) + fields.get("RssShmem", 0),
