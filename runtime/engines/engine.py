@@ -34,6 +34,7 @@ class EngineOptions:
         provider: What ONNX Runtime computes with on a GPU: ``"cuda"``, ``"tensorrt"`` or ``"rtx"``; None means
             ``"cuda"``.
         kernel_cache: Whether the kernels that TensorRT-RTX compiles for this GPU are kept for the next time.
+        arena: Whether ONNX Runtime lays out activations in blocks of its own on the CPU, given back after each run.
     """
 
     threads: int | None = None
@@ -43,6 +44,7 @@ class EngineOptions:
     cuda_graph: bool = True
     provider: str | None = None
     kernel_cache: bool = True
+    arena: bool = True
 
     def refuse(self, backend: str, *settings: str) -> None:
         """Refuse those of ``settings`` that are not at their default.
