@@ -364,7 +364,7 @@ def comparison(profile: Profile) -> str:
         )
     about = (
         f"Time of {found.other.bundle} over time of {profile.work.bundle}, {found.rounds} rounds in turn, with "
-        f"{found.confidence:.0%} intervals; the dashed line is 1."
+        f"{found.confidence:.0%} intervals, of which one in twenty misses by chance; the dashed line is 1."
     )
     title = f"Beside {found.other.bundle}"
     return _section(title, about, f'<div class="bars">{rows}</div>')
