@@ -7,9 +7,13 @@ measured. What a section measures is in a module of its own.
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -33,9 +37,11 @@ TITLES = {
     "demo": "Beside diffusers: the demonstration model",
     "mid": "Beside diffusers: 0.3 billion parameters",
     "memory": "Memory over time",
+    "soak": "200 requests of mixed sizes",
 }
 DEMO_STEPS, MID_STEPS = 20, 5
 START_RUNS, MID_START_RUNS = 5, 2
+SOAK_REQUESTS = 200
 MEMORY_SIZES = {"demo": 128, "wide-vae": 64}
 PICTURE = "runtime_memory.svg"
 
@@ -114,6 +120,16 @@ class Sections:
         ]
         return runtime_memory.section(cases, self.output.parent / PICTURE)
 
+    def soak(self) -> list[str]:
+        """Return the section on growth."""
+        command = [sys.executable, "-m", "reelforge.tools.bench.runtime_soak", str(self.models.demo("fp32"))]
+        command += ["--requests", str(SOAK_REQUESTS), "--json"]
+        # Its status is 1 if something grows, which is a result and not a failure.
+        finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if not finished.stdout.startswith("{"):
+            raise click.ClickException(f"{' '.join(command)} failed with status {finished.returncode}")
+        return soak_lines(json.loads(finished.stdout))
+
     def _tasks(self, bundle: Path, steps: int) -> list[Task]:
         prompts = [PROMPTS[index % len(PROMPTS)] for index in range(self.rounds + 1)]
         return [task(bundle, prompt, steps, seed=seed) for seed, prompt in enumerate(prompts)]
@@ -133,6 +149,35 @@ class Sections:
             "of ours: ONNX Runtime has no such kernels for CPUs.",
             "",
         ]
+
+
+def soak_lines(result: dict[str, Any]) -> list[str]:
+    """Return the section on growth, from what ``runtime_soak --json`` prints."""
+    ends = ", ".join(f"{count} {what}" for what, count in sorted(result["outcomes"].items()))
+    rows = []
+    for name, trend in result["trends"].items():
+        in_bytes = name.endswith("_bytes")
+        scale, digits = (1e3, 1) if in_bytes else (1.0, 4)
+        rows.append(
+            (
+                name.removesuffix("_bytes").replace("_", " ") + (", kB" if in_bytes else ""),
+                f"{trend['mean'] / scale:.{0 if in_bytes else 1}f}",
+                f"{trend['low'] / scale:+.{digits}f} to {trend['high'] / scale:+.{digits}f}",
+                "**grows**" if trend["grows"] else "does not grow",
+            )
+        )
+    return [
+        f"One process, one pipeline, {SOAK_REQUESTS} requests whose sizes, lengths, steps and prompts are drawn anew:",
+        f"{ends}; {result['samples'][-1]['seconds']:.0f} s, stages were loaded {result['loads']} times. After each the",
+        "process is looked at; the first quarter is not counted. Slopes are straight lines', as 95% intervals.",
+        "",
+        *report.table(("", "mean", "slope per request", ""), rows),
+        "",
+        *report.table(
+            ("goal", "measured", ""),
+            [("no growth in memory or handles", "see above", "met" if result["passed"] else "**missed**")],
+        ),
+    ]
 
 
 @click.command()
@@ -171,6 +216,7 @@ def main(output: Path, work: Path, only: tuple[str, ...], checkpoint: Path, roun
         "demo": contents.demo,
         "mid": contents.mid,
         "memory": contents.memory,
+        "soak": contents.soak,
     }
     for name in [name for name in TITLES if name in only]:
         fragment = sections.measure(name, measures[name], f"{rounds} rounds", work)

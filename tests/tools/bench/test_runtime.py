@@ -174,7 +174,26 @@ def test_only_some_sections_are_measured_again(tmp_path: Path, monkeypatch: pyte
     assert "Not measured yet: `--only memory`." in text
     wrong = CliRunner().invoke(runtime.main, [*options, "--only", "import,nothing"])
     assert wrong.exit_code == 2
-    assert "no section is called nothing; there are overhead, import, start, demo, mid, memory" in wrong.output
+    assert "no section is called nothing; there are overhead, import, start, demo, mid, memory, soak" in wrong.output
+
+
+def test_growth_is_marked() -> None:
+    trend = {"mean": 50e6, "slope": 1.0, "low": -2000.0, "high": 3000.0, "grows": False}
+    result = {
+        "samples": [{"seconds": 61.2}],
+        "trends": {
+            "anonymous_bytes": trend,
+            "descriptors": {**trend, "mean": 9.0, "low": 0.5, "high": 1.0, "grows": True},
+        },
+        "outcomes": {"finished": 190, "cancelled": 10},
+        "loads": 12,
+        "passed": False,
+    }
+    text = "\n".join(runtime.soak_lines(result))
+    assert "10 cancelled, 190 finished; 61 s, stages were loaded 12 times" in text
+    assert "| anonymous, kB | 50000 | -2.0 to +3.0 | does not grow |" in text
+    assert "| descriptors | 9.0 | +0.5000 to +1.0000 | **grows** |" in text
+    assert "| no growth in memory or handles | see above | **missed** |" in text
 
 
 def test_bundles_that_are_there_are_not_built_again(tmp_path: Path) -> None:
