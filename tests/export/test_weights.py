@@ -87,7 +87,14 @@ def test_only_what_needs_another_order_is_converted(
         "tencent": (tiny_tencent_checkpoint, TENCENT_CONVERTED),
     }[layout]
     _, resolved = resolve(path)
-    assert list(resolved) == ["refiner", "modulation", "dit", "vae_decoder", "llm", "clip"]
+    assert [name for name, weights in resolved.items() if weights] == [
+        "refiner",
+        "modulation",
+        "dit",
+        "vae_decoder",
+        "llm",
+        "clip",
+    ]
     for stage, weights in resolved.items():
         for name, weight in weights.items():
             assert isinstance(weight, Conversion) == name.endswith(expected.get(stage, ("nothing",))), (stage, name)
@@ -138,7 +145,7 @@ def test_entries_say_where_the_values_are(tmp_path: Path, tiny_checkpoint: Path)
 def test_entries_come_in_the_stage_s_order_and_aligned(tmp_path: Path, tiny_checkpoint: Path) -> None:
     stages, _ = resolve(tiny_checkpoint)
     _, entries, _ = place(tiny_checkpoint, tmp_path / "b", *STAGES)
-    for name, stage in stages.items():
+    for name, stage in ((name, stages[name]) for name in STAGES):
         assert {weight: entry.shape for weight, entry in entries[name].items()} == stage.parameter_shapes()
         assert list(entries[name]) == list(stage.parameter_shapes())
         for entry in entries[name].values():

@@ -44,7 +44,11 @@ def test_json_says_everything_in_numbers(tiny_checkpoint: Path) -> None:
     assert value["gpu"]["name"] == "RTX 4090"
     assert [bucket["shape"] for bucket in value["buckets"]] == ["48x64x9", "32x32x5", "48x64x1", "32x32x1"]
     assert [bucket["image"] for bucket in value["buckets"]] == [False, False, True, True]
-    assert set(value["stages"]) == {"llm", "clip", "refiner", "modulation", "dit", "vae_decoder"}
+    assert set(value["stages"]) == {"llm", "clip", "refiner", "modulation", "dit", "vae_decoder"} | {
+        "guidance",
+        "step_change",
+        "step_reuse",
+    }
     bucket = value["buckets"][0]
     assert set(bucket["memory_bytes"]) == {"text", "conditioning", "loop", "decode"}
     dit = bucket["stages"]["dit"]
