@@ -53,9 +53,17 @@ def test_rows_say_how_far_above_fewer_steps_a_setting_is() -> None:
 @pytest.mark.parametrize(
     ("evaluations", "lowest", "said"),
     [
-        ((10, 10), 45.0, ["**Met**, also by the worst video, by 1 of 1 settings", "2.00x fewer", "steps, for all vid"]),
+        (
+            (10, 10),
+            45.0,
+            [
+                "**Met**, also by the worst video, by 1 of 1 settings",
+                "2.00x fewer",
+                "EasyCache: for all videos together **met** (+",
+            ],
+        ),
         ((12, 12), 45.0, ["**Missed.**"]),
-        ((10, 10), 29.0, ["**Missed.**", "**Missed** by 1 of 1 settings: EasyCache 0.1 ("]),
+        ((10, 10), 29.0, ["**Missed.**", "for the worst video **missed** by 1 of 1 settings (-9.0 to -9.0)"]),
     ],
 )
 def test_goals_are_met_or_missed(evaluations: tuple[int, ...], lowest: float, said: list[str]) -> None:
