@@ -27,7 +27,7 @@ TEST_OPTIONS ?=
 DEMO_PROMPT ?= a red circle moving right on a black background
 DEMO_CHECKPOINT := $(if $(wildcard demo/checkpoint/model_index.json),demo/checkpoint,out/demo.checkpoint)
 
-.PHONY: help env demo test lint train-demo full-size clean distclean
+.PHONY: help env demo test lint bench-check train-demo full-size clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -88,6 +88,9 @@ lint: $(STAMP) $(LINKS) ## Check style and types
 # One thread per operator: the workers share the cores already.
 test: lint ## Check style and types, then run all tests
 	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n $(TEST_WORKERS) $(TEST_OPTIONS)
+
+bench-check: $(STAMP) ## Compare ratios of times with benchmarks/baseline.json (3 minutes on an idle machine)
+	"$(BIN)/python" -m reelforge.tools.bench.check
 
 train-demo: $(STAMP) ## Train the demo checkpoint again (about an hour on two cores)
 	"$(BIN)/python" -m demo.train

@@ -15,6 +15,7 @@ from reelforge.tools import console
 
 # name -> (where the click command is, what `reelforge --help` says about it)
 COMMANDS: dict[str, tuple[str, str]] = {
+    "bench": ("reelforge.tools.bench_command:bench", "Run one of the project's benchmarks, or list them."),
     "cache": ("reelforge.tools.cache:cache", "Show the cache of compiled plans, or make room in it."),
     "calibrate": ("reelforge.tools.calibrate:calibrate", "Find the scales for layers in 8 bits."),
     "decode": ("reelforge.tools.decode:decode", "Make a video of latents that were saved."),

@@ -9,12 +9,8 @@ two text encoders sees an empty prompt.
 from __future__ import annotations
 
 import json
-import os
-import platform
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +19,7 @@ import numpy as np
 import torch
 
 from demo.train import checker, data
+from reelforge.tools.bench.report import environment
 from reelforge.tools.contact_sheet import compose
 
 GATE = {"background": 0.98, "colour": 0.98, "shape": 0.90, "motion": 0.90, "together": 0.80}
@@ -50,7 +47,6 @@ class Run:
     clips: int
     rates: dict[str, float]
     spread: dict[str, tuple[float, float]]
-    seconds_per_clip: float
 
 
 def held_out_cases() -> list[Case]:
@@ -127,13 +123,11 @@ def series(
     name: str, cases: Sequence[Case], seeds: Sequence[int], make: Callable[[Sequence[str], int], list[data.Array]]
 ) -> Run:
     """Generate and judge ``cases`` for every seed."""
-    began = time.perf_counter()
     by_seed = [judge(make([case.prompt for case in cases], seed), cases) for seed in seeds]
-    seconds = (time.perf_counter() - began) / (len(cases) * len(seeds))
     rates = {key: float(np.mean([rate[key] for rate in by_seed])) for key in ATTRIBUTES}
     spread = {key: (min(r[key] for r in by_seed), max(r[key] for r in by_seed)) for key in ATTRIBUTES}
     click.echo(f"{name}: " + " ".join(f"{key} {rate:.3f}" for key, rate in rates.items()))
-    return Run(name, len(cases) * len(seeds), rates, spread, seconds)
+    return Run(name, len(cases) * len(seeds), rates, spread)
 
 
 def ground_truth(cases: Sequence[Case], seed: int, jitter: bool = False) -> list[data.Array]:
@@ -204,11 +198,12 @@ def _gate_table(run: Run, psnr_db: float) -> list[str]:
 def report(runs: Sequence[Run], psnr: dict[str, list[float]], checkpoint: Path) -> str:
     """Return the Markdown report."""
     size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers"))
     lines = [
         "# The demonstration model against its gate",
         "",
-        "`python -m reelforge.tools.bench.demo_model` writes this file. Clips of "
+        *environment("python -m reelforge.tools.bench.demo_model", ("torch", "diffusers", "transformers")),
+        "",
+        "Clips of "
         f"{data.SIZE}x{data.SIZE}x{data.FRAMES} from diffusers' `HunyuanVideoPipeline` in fp32, {STEPS} Euler steps, "
         f"embedded guidance {GUIDANCE:g}, judged by `demo/train/checker.py`.",
         f"The gated series is {runs[0].clips // len(SEEDS)} prompts x {len(SEEDS)} seeds on colour x shape x motion "
@@ -218,12 +213,12 @@ def report(runs: Sequence[Run], psnr: dict[str, list[float]], checkpoint: Path) 
         "",
         "## All series",
         "",
-        "| series | clips | background | colour | shape | motion | together | s per clip |",
-        "|---|---|---|---|---|---|---|---|",
+        "| series | clips | background | colour | shape | motion | together |",
+        "|---|---|---|---|---|---|---|",
     ]
     for run in runs:
         rates = " | ".join(f"{run.rates[name]:.3f}" for name in ATTRIBUTES)
-        lines.append(f"| {run.name} | {run.clips} | {rates} | {run.seconds_per_clip:.2f} |")
+        lines.append(f"| {run.name} | {run.clips} | {rates} |")
     lines += ["", 'A single image is not asked for a motion. "Sees nothing": that encoder gets the empty prompt.', ""]
     lines += [
         "## VAE, encode and decode",
@@ -236,9 +231,7 @@ def report(runs: Sequence[Run], psnr: dict[str, list[float]], checkpoint: Path) 
         lines.append(f"| {name} | {len(values)} | {values.mean():.1f} | {values.min():.1f} | {values.max():.1f} |")
     lines += [
         "",
-        f"Machine: {platform.machine()}, {os.cpu_count()} cores, no GPU. Python {platform.python_version()}, "
-        f"{packages}. "
-        f"Checkpoint: {size / 1e6:.1f} MB. Times include judging and depend on what else the machine does.",
+        f"Checkpoint: {size / 1e6:.1f} MB. What a video takes is in runtime.md.",
         "",
     ]
     return "\n".join(lines)

@@ -9,6 +9,7 @@ import datetime
 import platform
 import statistics
 import subprocess
+import textwrap
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -20,20 +21,34 @@ def environment(command: str, packages: Sequence[str]) -> list[str]:
         line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal")
     )
     memory_gb = int(fields["MemTotal"].split()[0]) * 1024 / 1e9
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
     return [
         f"Made by `{command}`.",
         "",
-        f"- machine: {_processor()}, {_cores()} cores, {memory_gb:.0f} GB memory, no GPU",
-        f"- versions: Python {platform.python_version()}, {versions}",
+        f"- machine: {machine()}, {memory_gb:.0f} GB memory, no GPU",
+        f"- versions: {versions(packages)}",
         f"- commit {commit()}, {datetime.datetime.now(datetime.UTC).date().isoformat()}",
     ]
+
+
+def machine() -> str:
+    """Return the processor and the number of cores."""
+    return f"{_processor()}, {_cores()} cores"
+
+
+def versions(packages: Sequence[str]) -> str:
+    """Return the versions of Python and of installed packages."""
+    return ", ".join([f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)])
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     """Return the lines of a Markdown table."""
     lines = ["| " + " | ".join(headings) + " |", "|" + " --- |" * len(headings)]
     return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+
+
+def prose(text: str) -> list[str]:
+    """Return the lines of a paragraph."""
+    return textwrap.wrap(text, 119, break_long_words=False, break_on_hyphens=False)
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:

@@ -1,0 +1,144 @@
+"""The regression guard: ``python -m reelforge.tools.bench.check``, or ``make bench-check``, from a checkout.
+
+Ratios are measured on the demonstration model and compared with ``benchmarks/baseline.json``; absolute times never are.
+A ratio fails if its median is above its tolerance in two measurements. What is measured is in ``check_measures``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from reelforge.runtime.errors import RequestError, VerificationError
+from reelforge.tools import console
+from reelforge.tools.bench import report
+from reelforge.tools.bench.baseline import (
+    UPDATE,
+    Baseline,
+    Judged,
+    Verdict,
+    judge,
+    read_baseline,
+    updated,
+    write_baseline,
+)
+from reelforge.tools.bench.check_measures import GROUPS, Group, Samples, Workbench
+from reelforge.tools.inspect_receipts import slim_table
+
+PACKAGES = ("onnxruntime", "numpy", "torch", "diffusers")
+ATTEMPTS = 2
+WORK = Path("build/bench")
+STYLES = {Verdict.WORSE: "bold red", Verdict.SAME: "green", Verdict.BETTER: "cyan"}
+
+
+def tolerances(groups: Sequence[Group]) -> dict[str, float]:
+    """Return the tolerance of every ratio by its name, in the order of measuring."""
+    return {name: value for group in groups for name, value in group.tolerances.items()}
+
+
+def measure(groups: Sequence[Group], bench: Workbench) -> dict[str, Samples]:
+    """Return the samples of all ratios of ``groups``."""
+    samples: dict[str, Samples] = {}
+    for group in groups:
+        started = time.monotonic()
+        samples |= group.measure(bench)
+        click.echo(f"measured {', '.join(group.tolerances)} in {time.monotonic() - started:.0f} s", err=True)
+    return samples
+
+
+def guard(baseline: Baseline, groups: Sequence[Group], bench: Workbench) -> list[Judged]:
+    """Measure everything, and once more the groups with a ratio that got worse; the better median counts."""
+    judged = {one.name: one for one in judge(baseline, measure(groups, bench))}
+    for _ in range(ATTEMPTS - 1):
+        again = [g for g in groups if any(judged[name].verdict is Verdict.WORSE for name in g.tolerances)]
+        for one in judge(baseline, measure(again, bench)):
+            judged[one.name] = min(judged[one.name], one, key=lambda each: each.ratio)
+    return list(judged.values())
+
+
+def show(judged: Sequence[Judged], baseline: Baseline) -> None:
+    """Print the table on stdout."""
+    table = slim_table(f"ratios against the baseline of commit {baseline.commit or 'unknown'}; lower is better")
+    table.add_column("ratio", overflow="fold")
+    for heading in ("baseline", "at most", "measured, median (range)", ""):
+        table.add_column(heading, justify="right" if heading else "left", overflow="fold")
+    for one in judged:
+        style = STYLES[one.verdict]
+        measured = report.spread(one.samples, 3)
+        verdict = f"[{style}]{one.verdict.value}[/]"
+        table.add_row(one.name, f"{one.entry.ratio:.3f}", f"{one.entry.limit:.3f}", measured, verdict)
+    Console(highlight=False).print(table)
+
+
+@click.command(epilog=console.EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--baseline", "path", default=Path("benchmarks/baseline.json"), show_default=True, type=click.Path(path_type=Path)
+)
+@click.option("--checkpoint", default=Path("demo/checkpoint"), show_default=True, type=click.Path(path_type=Path))
+@click.option("--update", is_flag=True, help="Store what is measured now; tolerances in the file are kept.")
+def main(path: Path, checkpoint: Path, update: bool) -> None:
+    """Compare ratios of times with the stored ones; the exit code is 6 if one got worse."""
+    names = tolerances(GROUPS)
+    if update:
+        baseline = read_baseline(path) if path.exists() else None
+    else:
+        baseline = read_baseline(path, names)
+    if not checkpoint.is_dir():
+        raise RequestError(
+            f"there is no checkpoint at {checkpoint}.",
+            expected="the demonstration checkpoint",
+            fix="run this from a checkout's root, or give --checkpoint",
+        )
+    WORK.mkdir(parents=True, exist_ok=True)  # of the checkpoint's file system, most likely, so that links will do
+    with tempfile.TemporaryDirectory(prefix="check-", dir=WORK) as folder:
+        bench = Workbench(checkpoint, Path(folder))
+        if update:
+            _update(path, baseline, measure(GROUPS, bench), names)
+            return
+        assert baseline is not None
+        judged = guard(baseline, GROUPS, bench)
+    show(judged, baseline)
+    verdict(judged, baseline, path)
+
+
+def verdict(judged: Sequence[Judged], baseline: Baseline, path: Path) -> None:
+    """Say what follows from the table.
+
+    Raises:
+        VerificationError: If a ratio got worse.
+    """
+    if baseline.machine != report.machine():
+        console.print_notice(
+            f"the baseline was measured on {baseline.machine or 'an unknown machine'}, not {report.machine()}"
+        )
+    better = [one.name for one in judged if one.verdict is Verdict.BETTER]
+    if better:
+        console.print_notice(f"better than the baseline allows for: {', '.join(better)}; to keep it: {UPDATE}")
+    worse = [one for one in judged if one.verdict is Verdict.WORSE]
+    if worse:
+        raise VerificationError(
+            f"{len(worse)} of {len(judged)} ratios got worse than {path} allows.",
+            received=", ".join(f"{one.name} = {one.ratio:.3f}" for one in worse),
+            expected=", ".join(f"at most {one.entry.limit:.3f}" for one in worse),
+            fix=f"find what became slower; if it is meant to be, store it: {UPDATE}",
+        )
+
+
+def _update(path: Path, before: Baseline | None, samples: Mapping[str, Samples], defaults: Mapping[str, float]) -> None:
+    entries = updated(before, samples, defaults)
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    after = Baseline(entries, report.machine(), report.versions(PACKAGES), report.commit(), today)
+    write_baseline(path, after)
+    show(judge(replace(before, ratios={**entries, **before.ratios}) if before else after, samples), before or after)
+    click.echo(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    console.run(main)
