@@ -235,14 +235,14 @@ def _head() -> list[str]:
         "What is behind those that are missed, from profiles that no command here makes again:",
         "",
         "- *INT8 beside the best of diffusers.* In a step of 0.3 billion parameters half of our time is attention,",
-        "  which is fp32 on both sides and as fast on both (fused kernels of ONNX Runtime and torch: 0.19 and 0.21 s",
-        "  of a core per layer). Only the other half is INT8. Tried: ONNX Runtime's other attention operator (as fast),",
+        "  which is fp32 on both sides and as fast on both: 0.19 s of a core per layer with ONNX Runtime's operator,",
+        "  0.21 s with torch's. Only the other half is INT8. Tried: ONNX Runtime's other attention operator (as fast),",
         "  and 8-bit attention of standard operators (0.12 s, cosine 0.9997 on noise), which is not in the product.",
         "  Decoding is fp32 in our bundles and bf16 in diffusers'.",
         "- *Memory.* diffusers maps its checkpoint, so that bf16 weights count as file-backed with it. ONNX Runtime",
         "  packs weights into anonymous memory, fp32 where they are not INT8.",
-        "- Found on the way, and repaired: checks of tensors made their messages in every step (97 us of a small step,",
-        "  now 57); without ONNX Runtime's arena every large block was new pages (a quarter of a large step's CPU time).",
+        "- Found on the way, and repaired: checks of tensors made their messages in every step (97 us of a small one,",
+        "  now 57); without ONNX Runtime's arena every large block was new pages (a quarter of a large step's time).",
     ]
 
 
