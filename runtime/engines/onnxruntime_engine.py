@@ -19,6 +19,7 @@ from reelforge.runtime.engines.engine import (
     output_targets,
     thread_count,
 )
+from reelforge.runtime.engines.onnxruntime_loop import OnnxRuntimeLoop
 from reelforge.runtime.engines.onnxruntime_providers import CPU, Provider, require_active, require_available
 from reelforge.runtime.errors import EngineError, OutOfMemoryError
 from reelforge.runtime.host_memory import return_freed
@@ -50,33 +51,68 @@ class OnnxRuntimeEngine:
         self.outputs: Mapping[str, TensorInfo] = {info.name: info for info in entry.outputs}
         self._session: Any | None = session
         self._runtime = runtime
-        self._arena = arena
+        self._run_options = runtime.RunOptions()
+        self._run_options.log_severity_level = _SILENT
+        if arena:  # a stage that waits holds its weights and no activations
+            self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
     def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array | None] | None = None) -> dict[str, Array]:
         """Compute the outputs (see :class:`reelforge.runtime.engines.engine.Engine`)."""
-        if self._session is None:
-            raise EngineError(f"stage {self.name!r} was run after its engine was closed.")
         sizes = check_inputs(self.name, self.inputs, inputs)
         targets = output_targets(self.name, self.outputs, sizes, inputs, outputs)
-        binding = self._session.io_binding()
-        value_of = self._runtime.OrtValue.ortvalue_from_numpy
+        binding = self.binding()
         # The binding borrows the memory, so the arrays (among them copies of strided inputs) must outlive the call.
         borrowed = {name: array if array.flags.c_contiguous else array.copy() for name, array in inputs.items()}
         for name, array in borrowed.items():
-            binding.bind_ortvalue_input(name, value_of(array))
+            binding.bind_ortvalue_input(name, self.value(array))
         for name, target in targets.items():
             if target is None:
                 binding.bind_output(name, "cpu")
             else:
-                binding.bind_ortvalue_output(name, value_of(target))
-        run_options = self._runtime.RunOptions()
-        run_options.log_severity_level = _SILENT
-        if self._arena:  # a stage that waits holds its weights and no activations
-            run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+                binding.bind_ortvalue_output(name, self.value(target))
+        self.launch(binding, {name: array.shape for name, array in inputs.items()})
+        values = dict(zip(targets, binding.get_outputs(), strict=True))
+        return {name: values[name].numpy() if target is None else target for name, target in targets.items()}
+
+    def loop(self, latents: Array, fixed: Mapping[str, Array], per_step: Mapping[str, Array]) -> OnnxRuntimeLoop:
+        """Begin a sampling loop whose arrays are checked and bound once (see ``reelforge.runtime.sampling``).
+
+        Raises:
+            EngineError: If a tensor does not fit the stage.
+        """
+        return OnnxRuntimeLoop(self, latents, fixed, per_step)
+
+    def binding(self) -> Any:
+        """Return a new binding of arrays to the stage's tensors.
+
+        Raises:
+            EngineError: If the engine was closed.
+        """
+        if self._session is None:
+            raise EngineError(f"stage {self.name!r} was run after its engine was closed.")
+        return self._session.io_binding()
+
+    def value(self, array: Array) -> Any:
+        """Return an array as a binding takes it: the memory is borrowed, and must outlive the binding's last run."""
+        return self._runtime.OrtValue.ortvalue_from_numpy(array)
+
+    def launch(self, binding: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Run on what is bound.
+
+        Args:
+            binding: From :meth:`binding`, with all inputs and the wanted outputs.
+            shapes: Of the inputs, for the message.
+
+        Raises:
+            OutOfMemoryError: If there is too little memory.
+            EngineError: If ONNX Runtime fails, or the engine was closed.
+        """
+        if self._session is None:
+            raise EngineError(f"stage {self.name!r} was run after its engine was closed.")
         try:
-            self._session.run_with_iobinding(binding, run_options)
+            self._session.run_with_iobinding(binding, self._run_options)
         except _exceptions(self._runtime) as error:
-            received = ", ".join(f"{name} {list(array.shape)}" for name, array in inputs.items())
+            received = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
             if _is_about_memory(error):
                 raise OutOfMemoryError(
                     f"stage {self.name!r} ran out of memory in ONNX Runtime.", received=received, fix=_first_line(error)
@@ -84,8 +120,6 @@ class OnnxRuntimeEngine:
             raise EngineError(
                 f"stage {self.name!r} failed in ONNX Runtime.", received=received, fix=_first_line(error)
             ) from error
-        values = dict(zip(targets, binding.get_outputs(), strict=True))
-        return {name: values[name].numpy() if target is None else target for name, target in targets.items()}
 
     def close(self) -> None:
         """Release the session and its weights."""

@@ -19,6 +19,7 @@ from reelforge.runtime.engines.onnxruntime_engine import OnnxRuntimeEngine, engi
 from reelforge.runtime.errors import EngineError
 from reelforge.runtime.manifest import StageEntry
 from tests.runtime.fake_bundle import CHANNELS, SPEC, WIDTH, constant
+from tests.runtime.loops import run_loop
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +153,50 @@ def test_wrong_output_buffers(dit: OnnxRuntimeEngine) -> None:
         dit.run(inputs, {"velocity": np.zeros((1, CHANNELS, 2, 4, 12), np.float32)[..., ::2]})
     with pytest.raises(EngineError, match="overlaps an input"):
         dit.run(inputs, {"velocity": inputs["latents"]})
+
+
+class OnlyRuns:
+    """An engine without a loop of its own."""
+
+    def __init__(self, engine: OnnxRuntimeEngine) -> None:
+        self.name, self.inputs, self.outputs, self.run = engine.name, engine.inputs, engine.outputs, engine.run
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_a_loop_computes_what_single_runs_do(dit: OnnxRuntimeEngine, steps: int) -> None:
+    inputs = dit_inputs()
+    latents = inputs.pop("latents")
+    fixed = {name: inputs.pop(name) for name in ("rope_cos", "rope_sin")}
+    fixed["rope_sin"] = np.asfortranarray(fixed["rope_sin"])  # is copied, not misread
+    scale = np.arange(1, steps + 1, dtype=np.float32)
+    per_step = {name: np.multiply.outer(scale, array) for name, array in inputs.items()}
+    wide = np.repeat(per_step["text"], 2, axis=-1)
+    per_step["text"] = wide[..., ::2]
+    kept = latents.copy()
+    expected = run_loop(OnlyRuns(dit), latents, fixed, per_step)  # type: ignore[arg-type]
+    received = run_loop(dit, latents, fixed, per_step)
+    np.testing.assert_array_equal(received, expected)
+    np.testing.assert_array_equal(latents, kept)
+    assert not np.array_equal(received, latents)
+
+
+def test_a_loop_checks_its_arrays_before_the_first_step(dit: OnnxRuntimeEngine) -> None:
+    inputs = dit_inputs()
+    latents = inputs.pop("latents")
+    per_step = {name: array[None] for name, array in inputs.items()}
+    with pytest.raises(EngineError, match="tensor 'sigma_step' of stage 'dit' has another type or shape"):
+        dit.loop(latents, {}, {**per_step, "sigma_step": np.zeros((1, 2), np.float32)})
+    with pytest.raises(EngineError, match="stage 'dit' was given other inputs than it takes"):
+        dit.loop(latents, {}, {})
+
+
+def test_a_loop_ends_with_its_engine(bundle: Bundle) -> None:
+    engine = engine_from_onnx(bundle.graph("dit"), bundle.stage("dit"), EngineOptions(threads=1))
+    inputs = dit_inputs()
+    loop = engine.loop(inputs.pop("latents"), {}, {name: array[None] for name, array in inputs.items()})
+    engine.close()
+    with pytest.raises(EngineError, match="stage 'dit' was run after its engine was closed"):
+        loop.advance(0)
 
 
 def test_run_after_close(dit: OnnxRuntimeEngine) -> None:

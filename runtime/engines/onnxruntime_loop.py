@@ -1,0 +1,76 @@
+"""The sampling loop on ONNX Runtime: arrays are checked and bound before the first step, and a step binds its rows.
+
+Between two steps the engine has emptied the processor's caches, and whatever Python does there is slow: what can be
+done once is. The module does not know what the stage computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from reelforge.runtime.engines.engine import Array, check_inputs, output_targets
+
+if TYPE_CHECKING:
+    from reelforge.runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
+
+
+class OnnxRuntimeLoop:
+    """A loop that has begun (a :class:`reelforge.runtime.sampling.StepLoop`). Make one with ``OnnxRuntimeEngine.loop``.
+
+    Attributes:
+        skipped: None ever are.
+    """
+
+    def __init__(
+        self, engine: OnnxRuntimeEngine, latents: Array, fixed: Mapping[str, Array], per_step: Mapping[str, Array]
+    ) -> None:
+        self.skipped = 0
+        self._engine = engine
+        self._buffers = [latents.copy(), np.empty(latents.shape, latents.dtype)]
+        # Bindings borrow memory, so all arrays are kept; a row of a contiguous array is contiguous.
+        self._fixed = {name: np.ascontiguousarray(array) for name, array in fixed.items()}
+        self._per_step = {name: array if array.flags.c_contiguous else array.copy() for name, array in per_step.items()}
+        first = {"latents": self._buffers[0], **self._fixed, **self._row(0)}
+        sizes = check_inputs(engine.name, engine.inputs, first)
+        output_targets(engine.name, engine.outputs, sizes, first, {"next_latents": self._buffers[1]})
+        self._shapes = {name: array.shape for name, array in first.items()}
+        fixed_values = {name: engine.value(array) for name, array in self._fixed.items()}
+        values = [engine.value(buffer) for buffer in self._buffers]
+        self._bindings: list[Any] = []
+        for source, target in ((0, 1), (1, 0)):
+            binding = engine.binding()
+            for name, value in fixed_values.items():
+                binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_input("latents", values[source])
+            binding.bind_ortvalue_output("next_latents", values[target])
+            self._bindings.append(binding)
+        steps = len(next(iter(self._per_step.values()))) if self._per_step else 0
+        self._rows = [[(name, engine.value(row)) for name, row in self._row(step).items()] for step in range(steps)]
+        self._written = 0
+
+    def advance(self, step: int) -> None:
+        """Run one step.
+
+        Raises:
+            EngineError: If ONNX Runtime fails.
+        """
+        binding = self._bindings[self._written]
+        for name, value in self._rows[step] if self._rows else ():
+            binding.bind_ortvalue_input(name, value)
+        self._engine.launch(binding, self._shapes)
+        self._written = 1 - self._written
+
+    def latents(self) -> Array:
+        """Return the buffer that was written last."""
+        return self._buffers[self._written]
+
+    def close(self) -> None:
+        """Let go of the bindings."""
+        self._bindings.clear()
+        self._rows.clear()
+
+    def _row(self, step: int) -> dict[str, Array]:
+        return {name: rows[step, ...] for name, rows in self._per_step.items()}  # the dots keep a scalar an array
