@@ -34,6 +34,7 @@ from reelforge.tools.inspect_receipts import slim_table
 
 PACKAGES = ("onnxruntime", "numpy", "torch", "diffusers")
 ATTEMPTS = 2
+SMALL = 0.1  # ratios below are shown with one more digit
 WORK = Path("build/bench")
 STYLES = {Verdict.WORSE: "bold red", Verdict.SAME: "green", Verdict.BETTER: "cyan"}
 
@@ -71,9 +72,11 @@ def show(judged: Sequence[Judged], baseline: Baseline) -> None:
         table.add_column(heading, justify="right" if heading else "left", overflow="fold")
     for one in judged:
         style = STYLES[one.verdict]
-        measured = report.spread(one.samples, 3)
+        digits = 4 if one.entry.ratio < SMALL else 3
+        measured = report.spread(one.samples, digits)
         verdict = f"[{style}]{one.verdict.value}[/]"
-        table.add_row(one.name, f"{one.entry.ratio:.3f}", f"{one.entry.limit:.3f}", measured, verdict)
+        stored, limit = (f"{value:.{digits}f}" for value in (one.entry.ratio, one.entry.limit))
+        table.add_row(one.name, stored, limit, measured, verdict)
     Console(highlight=False).print(table)
 
 
@@ -125,8 +128,8 @@ def verdict(judged: Sequence[Judged], baseline: Baseline, path: Path) -> None:
     if worse:
         raise VerificationError(
             f"{len(worse)} of {len(judged)} ratios got worse than {path} allows.",
-            received=", ".join(f"{one.name} = {one.ratio:.3f}" for one in worse),
-            expected=", ".join(f"at most {one.entry.limit:.3f}" for one in worse),
+            received=", ".join(f"{one.name} = {one.ratio:.3g}" for one in worse),
+            expected=", ".join(f"at most {one.entry.limit:.3g}" for one in worse),
             fix=f"find what became slower; if it is meant to be, store it: {UPDATE}",
         )
 

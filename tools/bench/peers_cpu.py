@@ -244,7 +244,10 @@ def _head() -> list[str]:
         "",
         *report.environment("python -m reelforge.tools.bench.peers_cpu", PACKAGES),
         "",
-        "Whole videos beside diffusers are in [runtime.md](runtime.md).",
+        *report.prose(
+            "Inputs of steps are random numbers, not those that int8 scales were calibrated on: what int8 costs in "
+            "videos is in [quantisation.md](quantisation.md). Whole videos beside diffusers are measured by `runtime`."
+        ),
     ]
 
 
