@@ -85,7 +85,7 @@ class EngineError(ReelforgeError):
 
 
 class OutOfMemoryError(EngineError):
-    """Host or GPU had too little memory for a stage; with other work out of the way, or in smaller pieces, it may fit."""
+    """Host or GPU had too little memory for a stage; with other work out of the way, or in less at once, it may fit."""
 
 
 class CancelledError(ReelforgeError):

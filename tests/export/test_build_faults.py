@@ -279,7 +279,7 @@ def test_unknown_stages(tiny_checkpoint: Path, output: Path, monkeypatch: pytest
     no_tracing(monkeypatch)
     error = require_refused(
         RequestError,
-        ["has no such stages", "received: vae, unet", "expected: llm, clip, refiner, modulation, dit, vae_decoder"],
+        ["has no such stages", "received: vae, unet", "expected: llm, clip, refiner, modulation, dit, guidance"],
         output,
         lambda: build(tiny_checkpoint, output, "clip", "vae", "unet"),
     )

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-import numpy as np
 import pytest
 
 from reelforge.runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
@@ -46,21 +45,17 @@ def gate_on_engines(patch: pytest.MonkeyPatch) -> Iterator[Gate]:
     from reelforge.runtime.engines import onnxruntime_engine as module
 
     gate = Gate()
-    run, create = OnnxRuntimeEngine.run, module.OnnxRuntimeEngine.__init__
+    launch, create = OnnxRuntimeEngine.launch, module.OnnxRuntimeEngine.__init__
 
-    def counted_run(
-        engine: OnnxRuntimeEngine,
-        inputs: Mapping[str, np.ndarray],
-        outputs: Mapping[str, np.ndarray | None] | None = None,
-    ) -> dict[str, np.ndarray]:
+    def counted_launch(engine: OnnxRuntimeEngine, binding: object, shapes: Mapping[str, tuple[int, ...]]) -> None:
         gate.pass_through(engine.name)
-        return run(engine, inputs, outputs)
+        launch(engine, binding, shapes)
 
     def counted_load(engine: OnnxRuntimeEngine, name: str, *arguments: object) -> None:
         gate.loads[name] += 1
         create(engine, name, *arguments)  # type: ignore[arg-type]
 
-    patch.setattr(module.OnnxRuntimeEngine, "run", counted_run)
+    patch.setattr(module.OnnxRuntimeEngine, "launch", counted_launch)  # by calls and by the sampling loop
     patch.setattr(module.OnnxRuntimeEngine, "__init__", counted_load)
     yield gate
     gate.open()

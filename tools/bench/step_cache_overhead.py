@@ -24,8 +24,10 @@ class IdleEngine:
 
     def __init__(self, name: str, inputs: tuple[str, ...], outputs: Mapping[str, tuple[int, ...]]) -> None:
         self.name = name
-        self.inputs = {tensor: TensorInfo(tensor, "float32", ()) for tensor in inputs}
-        self.outputs = {tensor: TensorInfo(tensor, "float32", shape) for tensor, shape in outputs.items()}
+        self.inputs: Mapping[str, TensorInfo] = {tensor: TensorInfo(tensor, "float32", ()) for tensor in inputs}
+        self.outputs: Mapping[str, TensorInfo] = {
+            tensor: TensorInfo(tensor, "float32", shape) for tensor, shape in outputs.items()
+        }
         self._shapes = outputs
 
     def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array | None] | None = None) -> dict[str, Array]:  # noqa: ARG002
