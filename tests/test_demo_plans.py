@@ -114,7 +114,8 @@ def test_fp8_is_complete(fp8: BuildRequest) -> None:
         version = plan.backend.removeprefix("tensorrt_rtx ")
         for name in plan.architectures:
             check_header(fp8.output / plan.path, backend=Backend.RTX, version=version, architecture=name)
-        assert all(profile.activation_bytes > 0 for profile in plan.profiles)
+        if entry.name not in ("guidance", "step_change", "step_reuse"):  # one kernel needs nothing beside its tensors
+            assert all(profile.activation_bytes > 0 for profile in plan.profiles)
     dit = bundle.stage("dit").plans[0]
     assert [profile.name for profile in dit.profiles] == ["64x64x9"]  # one frame has 16 tokens, too few for FP8
 
