@@ -36,9 +36,12 @@ def test_the_right_checkpoint(
     manifest = Bundle.open(tiny_bundle, Check.SIZES).manifest
     assert value["weights_compared"] == sum(len(stage.weights) for stage in manifest.stages)
     assert list(value["stages"]) == list(ALL_STAGES)
-    for stage in value["stages"].values():
+    for name, stage in value["stages"].items():
+        entry = manifest.stage(name)
+        assert entry is not None
         assert stage["within"] is True
-        assert 0 < stage["difference"] <= stage["tolerance"] == 2e-5
+        assert 0 <= stage["difference"] <= stage["tolerance"] == 2e-5
+        assert stage["difference"] > 0 or not entry.weights, "a few sums may be equal, a network is not"
 
 
 def test_a_table_for_people(
