@@ -28,6 +28,7 @@ from reelforge.tools.bench import (
 from reelforge.tools.bench.runtime_against_diffusers import EAGER, FP32, INT8, PROMPTS
 from reelforge.tools.bench.runtime_bundles import Models, task
 from reelforge.tools.bench.runtime_child import Task
+from reelforge.tools.bench.runtime_soak import TOLERANCE
 
 PACKAGES = ("onnxruntime", "numpy", "av", "tokenizers", "torch", "diffusers", "transformers")
 TITLES = {
@@ -169,7 +170,8 @@ def soak_lines(result: dict[str, Any]) -> list[str]:
     return [
         f"One process, one pipeline, {SOAK_REQUESTS} requests whose sizes, lengths, steps and prompts are drawn anew:",
         f"{ends}; {result['samples'][-1]['seconds']:.0f} s, stages were loaded {result['loads']} times. After each the",
-        "process is looked at; the first quarter is not counted. Slopes are straight lines', as 95% intervals.",
+        "process is looked at; the first quarter is not counted. Slopes are straight lines', as 95% intervals. Growth",
+        f"is what lies above zero and would add more than {TOLERANCE:.0%} of the mean over the requests that count.",
         "",
         *report.table(("", "mean", "slope per request", ""), rows),
         "",
