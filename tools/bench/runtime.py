@@ -93,7 +93,7 @@ class Sections:
     def demo(self) -> list[str]:
         """Return the comparison on the demonstration model."""
         jobs = runtime_against_diffusers.jobs(
-            self.models.checkpoint, self.models.demo("fp32"), self.models.demo("int8"), ("fp32", "bf16")
+            self.models.checkpoint, self.models.demo("fp32"), self.models.demo("int8"), ("bf16",)
         )
         tasks = self._tasks(self.models.demo("fp32"), DEMO_STEPS)
         runs = runtime_against_diffusers.measure(jobs, tasks, self.work / "demo")
