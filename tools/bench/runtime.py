@@ -232,19 +232,8 @@ def _head() -> list[str]:
         "",
         *report.environment("python -m reelforge.tools.bench.runtime -o benchmarks/runtime.md", PACKAGES),
         "",
-        "Times are of an otherwise idle machine. A goal that is missed is marked as such.",
-        "",
-        "What is behind those that are missed, from profiles that no command here makes again:",
-        "",
-        "- *INT8 beside the best of diffusers.* In a step of 0.3 billion parameters half of our time is attention,",
-        "  which is fp32 on both sides and as fast on both: 0.19 s of a core per layer with ONNX Runtime's operator,",
-        "  0.21 s with torch's. Only the other half is INT8. Tried: ONNX Runtime's other attention operator (as fast),",
-        "  and 8-bit attention of standard operators (0.12 s, cosine 0.9997 on noise), which is not in the product.",
-        "  Decoding is fp32 in our bundles and bf16 in diffusers'.",
-        "- *Memory.* diffusers maps its checkpoint, so that bf16 weights count as file-backed with it. ONNX Runtime",
-        "  packs weights into anonymous memory, fp32 where they are not INT8.",
-        "- Found on the way, and repaired: checks of tensors made their messages in every step (97 us of a small one,",
-        "  now 57); without ONNX Runtime's arena every large block was new pages (a quarter of a large step's time).",
+        "A goal that is missed is marked as such. Run on an idle machine; each section says if it was not.",
+        "How to read the goals, what was left out and what was tried: [notes](runtime_notes.md).",
     ]
 
 
