@@ -233,7 +233,7 @@ def _head() -> list[str]:
         *report.environment("python -m reelforge.tools.bench.runtime -o benchmarks/runtime.md", PACKAGES),
         "",
         "A goal that is missed is marked as such. Run on an idle machine; each section says if it was not.",
-        "How to read the goals, what was left out and what was tried: [notes](runtime_notes.md).",
+        "How to read the goals, what was left out and what was tried: [notes](../docs/runtime_benchmark.md).",
     ]
 
 
