@@ -163,7 +163,7 @@ def _inner_bytes(manifest: Manifest, stage: str, sizes: Mapping[str, int]) -> in
     """Estimate what is alive inside of the two stages that are large because the video is."""
     spec = manifest.spec
     if stage == "vae_decoder":
-        pixels = math.prod(sizes.get(name, 0) for name in ("out_frames", "out_height", "out_width"))
+        pixels = math.prod(sizes.get(name, 0) for name in ("video_frames", "video_height", "video_width"))
         return pixels * spec.vae.block_widths[0] * _FLOAT_BYTES * _TENSORS_PER_PIXEL
     if stage == "dit":
         tokens = sizes.get("image_tokens", 0)

@@ -29,7 +29,7 @@ def video_sizes(spec: ModelSpec, shape: VideoShape, steps: int) -> dict[str, int
         "tile_frames": window,
         "tile_height": rows,
         "tile_width": columns,
-        "out_frames": (window - 1) * spec.vae.temporal_compression + 1,
-        "out_height": rows * spec.vae.spatial_compression,
-        "out_width": columns * spec.vae.spatial_compression,
+        "video_frames": (window - 1) * spec.vae.temporal_compression + 1,
+        "video_height": rows * spec.vae.spatial_compression,
+        "video_width": columns * spec.vae.spatial_compression,
     }

@@ -284,7 +284,7 @@ def vae_decoder() -> Graph:
     graph = Graph(
         "vae_decoder",
         [_info("latent_tile", 1, CHANNELS, "tile_frames", "tile_height", "tile_width")],
-        [_info("frame_tile", 1, 3, "out_frames", "out_height", "out_width")],
+        [_info("frame_tile", 1, 3, "video_frames", "video_height", "video_width")],
     )
     graph.external["decoder.weight"] = constant("decoder", 3, CHANNELS, 1, 1, 1)
     graph.constants["scales"] = np.array([1, 1, 4, 8, 8], np.float32)

@@ -91,7 +91,7 @@ def test_sizes_of_a_video() -> None:
     sizes = video_sizes(SPEC, VideoShape(64, 48, 13), 7)
     assert sizes == {
         "batch": 1, "steps": 7, "latent_frames": 4, "latent_height": 8, "latent_width": 6, "image_tokens": 48,
-        "tile_frames": 3, "tile_height": 4, "tile_width": 4, "out_frames": 9, "out_height": 32, "out_width": 32,
+        "tile_frames": 3, "tile_height": 4, "tile_width": 4, "video_frames": 9, "video_height": 32, "video_width": 32,
     }  # fmt: skip
 
 
@@ -118,3 +118,14 @@ def test_the_machines_memory_is_known_here() -> None:
     assert held is None or 10**6 < held < 10**12
     assert free is None or 10**6 < free < 10**14
     return_freed()
+
+
+def test_what_a_video_decides_has_the_names_that_compiled_stages_use(tiny_bundle: Path) -> None:
+    """A name that only a hand-made bundle has would count a real one's tensors as nothing."""
+    manifest = Bundle.open(tiny_bundle).manifest
+    known = set(video_sizes(manifest.spec, VideoShape(48, 64, 9), 4))
+    for stage in ("dit", "vae_decoder"):
+        entry = manifest.stage(stage)
+        assert entry is not None
+        named = {size for info in (*entry.inputs, *entry.outputs) for size in info.shape if isinstance(size, str)}
+        assert named - known <= {"text_tokens"}, "known once the prompt is"

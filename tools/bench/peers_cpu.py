@@ -188,22 +188,10 @@ def notes(results: Sequence[Result]) -> list[str]:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("-o", "--output", default=Path("benchmarks/peers_cpu.md"), type=click.Path(path_type=Path))
-@click.option(
-    "--work",
-    type=click.Path(path_type=Path),
-    default=Path("build/bench/peers_cpu"),
-    show_default=True,
-    help="Folder for models and fragments of sections, 60 GB free.",
-)
-@click.option(
-    "--only",
-    default=",".join(TITLES),
-    show_default=True,
-    callback=sections.chosen(TITLES),
-    help="Sections to measure again.",
-)
-@click.option(
-    "--checkpoint", default="demo/checkpoint", show_default=True, type=click.Path(path_type=Path, exists=True)
+@sections.options(
+    TITLES,
+    "build/bench/peers_cpu",
+    "Folder for models and fragments of sections, 60 GB free.",
 )
 @click.option("--models", type=click.Path(path_type=Path), help="Folder with the models that `runtime` built.")
 @click.option(
@@ -232,10 +220,7 @@ def main(
         return step_section(case, rounds, openvino_python)
 
     measures = {"demo": demo, "mid": mid, "export": lambda: peers_export.section(work)}
-    for name in [name for name in TITLES if name in only]:
-        fragment = sections.measure(name, measures[name], f"{rounds} rounds" if name != "export" else "1 run", work)
-        report.write(output, sections.document(_head(), TITLES, sections.read(work, TITLES)))
-        click.echo(f"{name}: {fragment.minutes:.1f} minutes; wrote {output}")
+    sections.measure_all(only, TITLES, measures, f"{rounds} rounds (export: 1 run)", _head, work, output)
 
 
 def _head() -> list[str]:

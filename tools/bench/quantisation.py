@@ -152,22 +152,10 @@ def _met(speed: float) -> str:
 
 @click.command()
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Markdown file.")
-@click.option(
-    "--work",
-    type=click.Path(path_type=Path),
-    default=Path("build/bench/quantisation"),
-    show_default=True,
-    help="Folder for fragments of sections, and while running for bundles (20 GB free for the weights).",
-)
-@click.option(
-    "--only",
-    default=",".join(TITLES),
-    show_default=True,
-    callback=sections.chosen(TITLES),
-    help="Sections to measure again.",
-)
-@click.option(
-    "--checkpoint", default="demo/checkpoint", show_default=True, type=click.Path(path_type=Path, exists=True)
+@sections.options(
+    TITLES,
+    "build/bench/quantisation",
+    "Folder for fragments of sections, and while running for bundles (20 GB free for the weights).",
 )
 @click.option("--peers-python", help="Interpreter with tools/bench/requirements-peers.txt; else without ModelOpt.")
 @click.option("--repeats", default=3, show_default=True, type=click.IntRange(1))
@@ -205,10 +193,7 @@ def main(
             "weights": contents.weights,
             "steps": contents.steps,
         }
-        for name in [name for name in TITLES if name in only]:
-            fragment = sections.measure(name, measures[name], settings.describe(), work)
-            report.write(output, sections.document(_head(), TITLES, sections.read(work, TITLES)))
-            click.echo(f"{name}: {fragment.minutes:.1f} minutes; wrote {output}")
+        sections.measure_all(only, TITLES, measures, settings.describe(), _head, work, output)
 
 
 def _head() -> list[str]:

@@ -11,10 +11,13 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
 from reelforge.tools.bench import report
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,62 @@ def chosen(titles: Collection[str]) -> Callable[[click.Context, click.Parameter,
         return names
 
     return callback
+
+
+def options(titles: Collection[str], work: str, what: str) -> Callable[[Command], Command]:
+    """Return a decorator that gives a command ``--work``, ``--only`` and ``--checkpoint``.
+
+    Args:
+        titles: The sections' names.
+        work: The default folder.
+        what: What the folder is for.
+    """
+    given = (
+        click.option("--work", type=click.Path(path_type=Path), default=Path(work), show_default=True, help=what),
+        click.option(
+            "--only",
+            default=",".join(titles),
+            show_default=True,
+            callback=chosen(titles),
+            help="Sections to measure again.",
+        ),
+        click.option(
+            "--checkpoint", default="demo/checkpoint", show_default=True, type=click.Path(path_type=Path, exists=True)
+        ),
+    )
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(given):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def measure_all(
+    only: Collection[str],
+    titles: Mapping[str, str],
+    measures: Mapping[str, Callable[[], list[str]]],
+    settings: str,
+    head: Callable[[], Sequence[str]],
+    work: Path,
+    output: Path,
+) -> None:
+    """Measure sections in the file's order, and write the file after each.
+
+    Args:
+        only: Names of those to measure; of others the fragments in ``work`` are used.
+        titles: Name -> title, in order.
+        measures: Name -> what measures it.
+        settings: Counts and repeats, in words.
+        head: Returns the lines above the sections.
+        work: Folder of the fragments.
+        output: The file.
+    """
+    for name in [name for name in titles if name in only]:
+        fragment = measure(name, measures[name], settings, work)
+        report.write(output, document(head(), titles, read(work, titles)))
+        click.echo(f"{name}: {fragment.minutes:.1f} minutes; wrote {output}")
 
 
 def measure(name: str, section: Callable[[], list[str]], settings: str, work: Path) -> Fragment:

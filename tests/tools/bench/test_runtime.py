@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -179,7 +180,7 @@ def test_only_some_sections_are_measured_again(tmp_path: Path, monkeypatch: pyte
 
 def test_growth_is_marked() -> None:
     trend = {"mean": 50e6, "slope": 1.0, "low": -2000.0, "high": 3000.0, "grows": False}
-    result = {
+    result: dict[str, Any] = {
         "samples": [{"seconds": 61.2}],
         "trends": {
             "anonymous_bytes": trend,
@@ -194,6 +195,12 @@ def test_growth_is_marked() -> None:
     assert "| anonymous, kB | 50000 | -2.0 to +3.0 | does not grow |" in text
     assert "| descriptors | 9.0 | +0.5000 to +1.0000 | **grows** |" in text
     assert "| no growth in memory or handles | see above | **missed** |" in text
+    result["trends"]["descriptors"] |= {"grows": False}
+    risen = "\n".join(runtime.soak_lines({**result, "passed": True}))
+    assert "| +0.5000 to +1.0000 | rises, by less than 2% |" in risen
+    assert "see above | **missed**, within our tolerance of 2% |" in risen
+    level = {**result, "trends": {"anonymous_bytes": trend}, "passed": True}
+    assert "| no growth in memory or handles | see above | met |" in "\n".join(runtime.soak_lines(level))
 
 
 def test_bundles_that_are_there_are_not_built_again(tmp_path: Path) -> None:
