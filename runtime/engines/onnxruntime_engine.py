@@ -20,7 +20,7 @@ from reelforge.runtime.engines.engine import (
     thread_count,
 )
 from reelforge.runtime.engines.onnxruntime_loop import OnnxRuntimeLoop
-from reelforge.runtime.engines.onnxruntime_providers import CPU, Provider, require_active, require_available
+from reelforge.runtime.engines.onnxruntime_providers import CPU, Device, Provider, require_active, require_available
 from reelforge.runtime.errors import EngineError, OutOfMemoryError
 from reelforge.runtime.host_memory import return_freed
 from reelforge.runtime.manifest import StageEntry, TensorInfo
@@ -43,10 +43,19 @@ _SILENT = 4  # only fatal errors: everything else arrives as an exception, whose
 
 
 class OnnxRuntimeEngine:
-    """One stage on the CPU. Make one with :func:`engine_from_onnx` or :func:`engine_from_bytes`."""
+    """One stage. Make one with :func:`engine_from_onnx` or :func:`engine_from_bytes`."""
 
-    def __init__(self, name: str, session: Any, runtime: ModuleType, entry: StageEntry, arena: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        session: Any,
+        runtime: ModuleType,
+        entry: StageEntry,
+        arena: bool = False,
+        device: Device | None = None,
+    ) -> None:
         self.name = name
+        self._device = device
         self.inputs: Mapping[str, TensorInfo] = {info.name: info for info in entry.inputs}
         self.outputs: Mapping[str, TensorInfo] = {info.name: info for info in entry.outputs}
         self._session: Any | None = session
@@ -95,6 +104,17 @@ class OnnxRuntimeEngine:
     def value(self, array: Array) -> Any:
         """Return an array as a binding takes it: the memory is borrowed, and must outlive the binding's last run."""
         return self._runtime.OrtValue.ortvalue_from_numpy(array)
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the engine computes in the host's memory."""
+        return self._device is None
+
+    def resident(self, array: Array) -> Any:
+        """Return an array where the engine computes: as :meth:`value` on the CPU, else a copy in the GPU's memory."""
+        if self._device is None:
+            return self.value(array)
+        return self._runtime.OrtValue.ortvalue_from_numpy(array, self._device.kind, self._device.index)
 
     def launch(self, binding: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Run on what is bound.
@@ -213,7 +233,7 @@ def _load(
         ) from error
     require_active(provider, session)
     _check_signature(entry, session)
-    return OnnxRuntimeEngine(entry.name, session, runtime, entry, arena)
+    return OnnxRuntimeEngine(entry.name, session, runtime, entry, arena, provider.device)
 
 
 def _import_onnxruntime(provider: Provider) -> ModuleType:

@@ -1,7 +1,8 @@
 """The sampling loop on ONNX Runtime: arrays are checked and bound before the first step, and a step binds its rows.
 
 Between two steps the engine has emptied the processor's caches, and whatever Python does there is slow: what can be
-done once is. The module does not know what the stage computes.
+done once is. A GPU's binding copies a host's array when it is bound and not when it runs, so what a step writes and the
+next one reads has to be the GPU's own. The module does not know what the stage computes.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ class OnnxRuntimeLoop:
         sizes = check_inputs(engine.name, engine.inputs, first)
         output_targets(engine.name, engine.outputs, sizes, first, {"next_latents": self._buffers[1]})
         self._shapes = {name: array.shape for name, array in first.items()}
-        fixed_values = {name: engine.value(array) for name, array in self._fixed.items()}
-        values = [engine.value(buffer) for buffer in self._buffers]
+        fixed_values = {name: engine.resident(array) for name, array in self._fixed.items()}
+        self._values = [engine.resident(buffer) for buffer in self._buffers]
         self._bindings: list[Any] = []
         for source, target in ((0, 1), (1, 0)):
             binding = engine.binding()
             for name, value in fixed_values.items():
                 binding.bind_ortvalue_input(name, value)
-            binding.bind_ortvalue_input("latents", values[source])
-            binding.bind_ortvalue_output("next_latents", values[target])
+            binding.bind_ortvalue_input("latents", self._values[source])
+            binding.bind_ortvalue_output("next_latents", self._values[target])
             self._bindings.append(binding)
         steps = len(next(iter(self._per_step.values()))) if self._per_step else 0
         self._rows = [[(name, engine.value(row)) for name, row in self._row(step).items()] for step in range(steps)]
@@ -64,7 +65,9 @@ class OnnxRuntimeLoop:
         self._written = 1 - self._written
 
     def latents(self) -> Array:
-        """Return the buffer that was written last."""
+        """Return what was written last: the buffer itself on the CPU, a copy of a GPU's."""
+        if not self._engine.on_host:
+            self._buffers[self._written] = self._values[self._written].numpy()
         return self._buffers[self._written]
 
     def close(self) -> None:

@@ -14,6 +14,19 @@ from reelforge.runtime.errors import EngineError
 
 
 @dataclass(frozen=True)
+class Device:
+    """Memory other than the host's, as ONNX Runtime names it.
+
+    Attributes:
+        kind: ``cuda``.
+        index: Of the GPU.
+    """
+
+    kind: str
+    index: int
+
+
+@dataclass(frozen=True)
 class Provider:
     """What a session computes with.
 
@@ -21,11 +34,13 @@ class Provider:
         names: Of execution providers, in order of preference; the first must be there.
         settings: Of each of them.
         package: To install.
+        device: Where it keeps tensors; None for the host's memory.
     """
 
     names: tuple[str, ...]
     settings: dict[str, str]
     package: str
+    device: Device | None = None
 
 
 CPU = Provider(("CPUExecutionProvider",), {}, "reelforge[cpu]")
@@ -46,7 +61,8 @@ def gpu_provider(options: EngineOptions) -> Provider:
     name = options.provider or "cuda"
     if name not in _GPU:
         raise EngineError("the provider is not known.", received=name, expected=" or ".join(_GPU), fix="use cuda")
-    return Provider(_GPU[name], {"device_id": str(options.device)}, "reelforge[cuda]")
+    settings = {"device_id": str(options.device)}
+    return Provider(_GPU[name], settings, "reelforge[cuda]", Device("cuda", options.device))
 
 
 def require_available(provider: Provider, runtime: Any) -> list[str | tuple[str, dict[str, str]]]:

@@ -23,12 +23,41 @@ CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 TENSORRT, RTX = "TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider"
 
 
+class FakeBinding:
+    """A binding of a GPU's session: values of the host are copied when they are bound, and not when it runs."""
+
+    def __init__(self, session: Any, on_device: list[Any]) -> None:
+        self.inner = session.io_binding()
+        self._on_device = on_device
+        self._copies: dict[str, np.ndarray] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def bind_ortvalue_input(self, name: str, value: Any) -> None:
+        if not any(value is other for other in self._on_device):
+            self._copies[name] = value.numpy().copy()
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(self._copies[name])
+        self.inner.bind_ortvalue_input(name, value)
+
+
 class FakeOnnxRuntime:
     """onnxruntime-gpu, but that the sessions compute on the CPU."""
 
     def __init__(self, *available: str, starts: bool = True) -> None:
         self.available, self.starts = available, starts
         self.asked: list[Any] = []
+        self._on_device: list[Any] = []
+        self._memory: list[np.ndarray] = []
+        self.OrtValue = SimpleNamespace(ortvalue_from_numpy=self._value)
+
+    def _value(self, array: np.ndarray, device: str = "cpu", index: int = 0) -> Any:
+        if device == "cpu":
+            return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+        assert (device, index) == ("cuda", 1)
+        self._memory.append(array.copy())
+        self._on_device.append(onnxruntime.OrtValue.ortvalue_from_numpy(self._memory[-1]))
+        return self._on_device[-1]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(onnxruntime, name)
@@ -41,8 +70,9 @@ class FakeOnnxRuntime:
         session = onnxruntime.InferenceSession(source, settings, providers=[CPU])
         active = [provider[0] for provider in providers] if self.starts else []
         return SimpleNamespace(
-            get_providers=lambda: [*active, CPU], io_binding=session.io_binding, get_inputs=session.get_inputs,
-            get_outputs=session.get_outputs, run_with_iobinding=session.run_with_iobinding,
+            get_providers=lambda: [*active, CPU], get_inputs=session.get_inputs, get_outputs=session.get_outputs,
+            io_binding=lambda: FakeBinding(session, self._on_device),
+            run_with_iobinding=lambda bound, options: session.run_with_iobinding(bound.inner, options),
         )  # fmt: skip
 
 
