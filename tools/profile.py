@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
+from reelforge.runtime.attention.table import chosen_table
 from reelforge.runtime.bundle.open import Bundle, Check
 from reelforge.runtime.codec import to_json
 from reelforge.runtime.engines.engine import EngineOptions
 from reelforge.runtime.request import Request
+from reelforge.runtime.step_cache.settings import StepCache
 from reelforge.tools import console
+from reelforge.tools.attention_options import attention_options
 
 if TYPE_CHECKING:
     from reelforge.tools.profiling.schema import Profile
@@ -39,6 +42,16 @@ _PROMPT = "a red ball rolls to the left"
 @click.option("--frames", type=int, help="Number of frames, 4k+1.  [default: the model's]")
 @click.option("--steps", type=int, help="Sampling steps.  [default: the model's]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise.")
+@click.option("--guidance", type=float, help="Embedded guidance scale.  [default: the model's]")
+@click.option("--shift", type=float, help="Shift of the noise schedule.  [default: the model's]")
+@click.option("--cfg-scale", type=float, help="Classifier-free guidance: two evaluations per step.  [default: 1, off]")
+@click.option("--negative-prompt", help="What to keep away from, with --cfg-scale.  [default: '']")
+@attention_options
+@click.option(
+    "--step-cache",
+    metavar="METHOD:THRESHOLD",
+    help="Skip steps that change little, as generate does: easycache:0.025.  [default: compute every step]",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads per operator.  [default: one per core]")
 @click.option("--device", type=click.IntRange(min=0), default=0, help="Number of the GPU.  [default: 0]")
 @click.option(
@@ -75,6 +88,14 @@ def profile(
     frames: int | None,
     steps: int | None,
     seed: int,
+    guidance: float | None,
+    shift: float | None,
+    cfg_scale: float | None,
+    negative_prompt: str | None,
+    attention: str | None,
+    attention_table: Path | None,
+    dense_steps: int | None,
+    step_cache: str | None,
     threads: int | None,
     device: int,
     provider: str | None,
@@ -97,6 +118,8 @@ def profile(
       reelforge profile my.bundle
       reelforge profile my.bundle -o before --height 544 --width 960 --frames 33 --steps 10
       reelforge profile fp32.bundle --compare int8.bundle --repeats 9
+      reelforge profile my.bundle --step-cache easycache:0.025
+      reelforge profile my.bundle --cfg-scale 6 --negative-prompt "blurred"
       nsys profile reelforge profile my.bundle --nvtx --no-cold --no-layers
     """  # noqa: D301 - \b is click's mark for text that it does not wrap
     from reelforge.tools.profiling.files import require_writable, write_files
@@ -106,7 +129,20 @@ def profile(
     opened = Bundle.open(bundle, Check(check))
     asked = ProfileRequest(
         bundle=opened,
-        request=Request(prompt, height, width, frames, steps, seed),
+        request=Request(
+            prompt,
+            height,
+            width,
+            frames,
+            steps,
+            seed,
+            guidance,
+            shift,
+            chosen_table(attention, attention_table, dense_steps),
+            cfg_scale=cfg_scale,
+            negative_prompt=negative_prompt,
+            step_cache=None if step_cache is None else StepCache.parse(step_cache),
+        ),
         options=EngineOptions(threads=threads, device=device, provider=provider),
         check=Check(check),
         warmup=warmup,

@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from reelforge.runtime.request import NO_GUIDANCE
 from reelforge.tools.profiling.layers import TOP
 from reelforge.tools.profiling.roofline import point, share_of_roof
-from reelforge.tools.profiling.schema import Advice, LayerProfile, LayerTiming, Peak, Summary, Work
+from reelforge.tools.profiling.schema import Advice, LayerProfile, LayerTiming, Peak, Summary
+from reelforge.tools.profiling.schema_work import Work
+from reelforge.tools.profiling.work import DENSE_ATTENTION
 
 _LOOP, _DECODER = "dit", "vae_decoder"
 _MANY_TOKENS = 4096  # 32 blocks of 128 queries: below that there is little to leave out
@@ -96,12 +99,20 @@ RULES: tuple[Rule, ...] = (
         _ALL, ("dit",), ("attention",), (), "",
         "attention kind: leave out keys, where docs/sparse_attention.md says that this backend gains by it",
         "its time grows with the square of the {tokens} image tokens, of which most pairs matter little",
-        lambda facts, _: facts.work.image_tokens >= _MANY_TOKENS,
+        lambda facts, _: facts.work.image_tokens >= _MANY_TOKENS and facts.work.attention == DENSE_ATTENTION,
     ),
     Rule(
         _ALL, ("dit",), (), (), "",
         "step cache: evaluate the model less often, with generate --step-cache or fewer --steps",
         "it runs {calls} times per video; each evaluation that is left out saves {call_ms} of this layer alone",
+        lambda facts, _: facts.work.step_cache is None,
+    ),
+    Rule(
+        _ALL, ("dit",), (), (), "",
+        "step cache: a higher threshold than that of {step_cache}, or fewer --steps",
+        "it still runs {calls} times per video, {skips} of {steps} steps being skipped; each evaluation that is left "
+        "out saves {call_ms} of this layer alone",
+        lambda facts, _: facts.work.step_cache is not None,
     ),
     Rule(
         _ALL, ("vae_decoder",), (), (), "",
@@ -162,6 +173,9 @@ def _advice(rule: Rule, facts: Facts, layer: LayerTiming) -> Advice:
         "tokens": f"{facts.work.image_tokens:,}",
         "calls": calls,
         "call_ms": f"{layer.call_ms:.3g} ms",
+        "step_cache": facts.work.step_cache,
+        "skips": facts.warm.skips,
+        "steps": facts.work.steps,
         "overlap": f"{facts.work.overlap:.0%}",
         "efficiency": "an unknown share" if place is None else share_of_roof(place),
         "intensity": "unknown" if place is None else f"{place.intensity:.3g}",
@@ -182,6 +196,16 @@ def _of_the_run(facts: Facts) -> list[Advice]:
                 "keep the engines of all stages in memory between videos: a larger --memory-budget",
                 f"warm runs spend {load.median_ms / total:.0%} of their time on loading engines again",
                 load.median_ms,
+            )
+        )
+    loop_ms = next((stage.run.median_ms for stage in facts.warm.stages if stage.stage == _LOOP), 0.0)
+    if facts.work.cfg_scale != NO_GUIDANCE and loop_ms:
+        found.append(
+            Advice(
+                "guidance",
+                "do without --cfg-scale, where the checkpoint is guidance-distilled",
+                "classifier-free guidance evaluates the model twice per step",
+                loop_ms / 2,
             )
         )
     opening = facts.cold.parts.get("open") if facts.cold else None

@@ -11,7 +11,8 @@ from dataclasses import fields
 from reelforge.runtime.errors import RequestError
 from reelforge.runtime.request import ResolvedRequest
 from reelforge.runtime.spec import ModelSpec
-from reelforge.tools.profiling.schema import Comparison, Kind, Ratio, RunRecord, Work
+from reelforge.tools.profiling.schema import Kind, RunRecord
+from reelforge.tools.profiling.schema_work import Comparison, Ratio, Work
 from reelforge.tools.profiling.statistics import CONFIDENCE, paired_ratio, timing
 from reelforge.tools.profiling.summary import of_kind, stage_ms
 
@@ -52,7 +53,7 @@ def require_same_work(
             f"bundles {bundle!r} and {other!r} would do different work, since their defaults differ.",
             received=f"{ours} and {theirs}",
             expected="the same shape, steps and guidance",
-            fix="say them: --height, --width, --frames, --steps",
+            fix="say them: --height, --width, --frames, --steps, --guidance, --shift",
         )
 
 
@@ -70,7 +71,11 @@ def compare(ours: Sequence[RunRecord], theirs: Sequence[RunRecord], other: Work)
             [_engines_ms(record) for record in ours],
             [_engines_ms(record) for record in theirs],
         ),
-        "step": ([_step_ms(record) for record in ours], [_step_ms(record) for record in theirs]),
+        "step": ([_step_ms(record, Kind.STEP) for record in ours], [_step_ms(record, Kind.STEP) for record in theirs]),
+        "skipped step": (
+            [_step_ms(record, Kind.SKIPPED_STEP) for record in ours],
+            [_step_ms(record, Kind.SKIPPED_STEP) for record in theirs],
+        ),
     }
     for stage in dict.fromkeys(span.stage for span in of_kind(ours[0], Kind.RUN)):
         measures[stage] = (
@@ -83,14 +88,29 @@ def compare(ours: Sequence[RunRecord], theirs: Sequence[RunRecord], other: Work)
             ratio, low, high = paired_ratio(first, second)
             medians = (timing(first).median_ms, timing(second).median_ms)
             ratios.append(Ratio(what, ratio, low, high, *medians))
-    return Comparison(other, len(ours), CONFIDENCE, tuple(ratios))
+    skips = [len(of_kind(records[0], Kind.SKIPPED_STEP)) for records in (ours, theirs)]
+    return Comparison(other, len(ours), CONFIDENCE, tuple(ratios), *skips)
+
+
+def unequal_work(comparison: Comparison, bundle: str) -> str:
+    """Return what makes two bundles' whole videos different work all the same; an empty text if nothing does.
+
+    A step cache decides while a video is made, so that this cannot be refused beforehand.
+    """
+    if comparison.skipped_steps == comparison.other_skipped_steps:
+        return ""
+    steps = comparison.other.steps
+    return (
+        f"The step cache skipped {comparison.skipped_steps} of {steps} steps of {bundle}, and "
+        f"{comparison.other_skipped_steps} of {comparison.other.bundle}: only their single steps did the same work."
+    )
 
 
 def _engines_ms(record: RunRecord) -> float:
     return sum(span.duration_ms for span in of_kind(record, Kind.RUN))
 
 
-def _step_ms(record: RunRecord) -> float:
+def _step_ms(record: RunRecord, kind: Kind) -> float:
     """Return the run's median step: one disturbed step does not move it."""
-    steps = [span.duration_ms for span in of_kind(record, Kind.STEP)]
+    steps = [span.duration_ms for span in of_kind(record, kind)]
     return timing(steps).median_ms if steps else 0.0

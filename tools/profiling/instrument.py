@@ -17,7 +17,7 @@ from reelforge.runtime.engines.engine import Array, Engine, EngineOptions
 from reelforge.runtime.pipeline import Pipeline
 from reelforge.runtime.registers import RegisteringEngine, Registers
 from reelforge.runtime.request import ResolvedRequest
-from reelforge.runtime.sampling import LoopingEngine, StepLoop
+from reelforge.runtime.sampling import LoopingEngine, StepLoop, step_inputs
 from reelforge.runtime.stage_inputs import Conditions, StageInputs, TextEncoding, TextInputs
 from reelforge.runtime.stages import Stages
 from reelforge.tools.profiling.recorder import Recorder
@@ -32,6 +32,9 @@ PHASES = {
     "refiner": "conditioning",
     "modulation": "conditioning",
     "dit": "sampling",
+    "guidance": "sampling",
+    "step_change": "sampling",
+    "step_reuse": "sampling",
     "vae_decoder": "decoding",
 }
 """Stage -> what a generation calls its part; memory is reported by it."""
@@ -122,10 +125,14 @@ class TimedEngine:
 
     def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array | None] | None = None) -> dict[str, Array]:
         """Compute the outputs (see :class:`reelforge.runtime.engines.engine.Engine`)."""
-        if self._pipeline.keep_inputs:
-            self._pipeline.kept[self.name] = {name: array.copy() for name, array in inputs.items()}
+        self.keep(inputs)
         with self.call():
             return self.wrapped.run(inputs, outputs)
+
+    def keep(self, inputs: Mapping[str, Array]) -> None:
+        """Copy the inputs of a call, while the pipeline wants them."""
+        if self._pipeline.keep_inputs:
+            self._pipeline.kept[self.name] = {name: array.copy() for name, array in inputs.items()}
 
     def close(self) -> None:
         """Close the engine, and record how long that takes."""
@@ -142,14 +149,18 @@ class TimedEngine:
 
 
 class TimedLoopingEngine(TimedEngine):
-    """An engine that keeps a loop's tensors where it computes, with the loop's and the registers' calls recorded."""
+    """An engine with a sampling loop of its own, whose calls are recorded."""
 
     def loop(self, latents: Array, fixed: Mapping[str, Array], per_step: Mapping[str, Array]) -> StepLoop:
         """Begin a loop (see :class:`reelforge.runtime.sampling.LoopingEngine`)."""
         assert isinstance(self.wrapped, LoopingEngine)
         with self._pipeline.recorder.span(f"{self.name} begin loop", Kind.HOST, self.name):
             loop = self.wrapped.loop(latents, fixed, per_step)
-        return _TimedLoop(loop, self)
+        return _TimedLoop(loop, self, {**fixed, "latents": latents}, per_step)
+
+
+class TimedRegisteringEngine(TimedEngine):
+    """An engine with registers of its own, whose calls are recorded."""
 
     def registers(self) -> Registers:
         """Return registers (see :class:`reelforge.runtime.registers.RegisteringEngine`)."""
@@ -157,19 +168,35 @@ class TimedLoopingEngine(TimedEngine):
         return _TimedRegisters(self.wrapped.registers())
 
 
+class TimedDeviceEngine(TimedLoopingEngine, TimedRegisteringEngine):
+    """An engine with both."""
+
+
+_KINDS: Mapping[tuple[bool, bool], type[TimedEngine]] = {
+    (False, False): TimedEngine,
+    (True, False): TimedLoopingEngine,
+    (False, True): TimedRegisteringEngine,
+    (True, True): TimedDeviceEngine,
+}
+
+
 def timed(engine: Engine, pipeline: ProfilingPipeline) -> Engine:
-    """Return an engine of the same abilities whose calls are recorded."""
-    able = isinstance(engine, LoopingEngine) and isinstance(engine, RegisteringEngine)
-    return (TimedLoopingEngine if able else TimedEngine)(engine, pipeline)
+    """Return an engine of the same abilities whose calls are recorded: what is timed is the loop that others get."""
+    return _KINDS[isinstance(engine, LoopingEngine), isinstance(engine, RegisteringEngine)](engine, pipeline)
 
 
 class _TimedLoop:
-    def __init__(self, loop: StepLoop, engine: TimedEngine) -> None:
+    def __init__(
+        self, loop: StepLoop, engine: TimedEngine, inputs: Mapping[str, Array], per_step: Mapping[str, Array]
+    ) -> None:
         self.skipped = loop.skipped
         self._loop = loop
         self._engine = engine
+        self._inputs = inputs
+        self._per_step = per_step
 
     def advance(self, step: int) -> None:
+        self._engine.keep({**self._inputs, **step_inputs(self._per_step, step)})
         with self._engine.call():
             self._loop.advance(step)
         self.skipped = self._loop.skipped

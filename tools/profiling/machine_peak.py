@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from reelforge.tools.profiling.schema import Machine, Peak
+from reelforge.tools.profiling.schema import Peak
+from reelforge.tools.profiling.schema_work import Machine
 
 _SIZE = 1024
 _PROBE_S = 0.3

@@ -88,7 +88,7 @@ def _generate(pipeline: ProfilingPipeline, request: Request, recorder: Recorder,
     path = folder / ("profiled.png" if shape.frames == 1 else "profiled.mp4")
     rate = pipeline.spec.defaults.frames_per_second
     writer = VideoWriter(path, shape.height, shape.width, shape.frames, rate)
-    finished = False
+    finished, skipped = False, 0
     try:
         events = pipeline.stream(request)
         while True:
@@ -97,7 +97,8 @@ def _generate(pipeline: ProfilingPipeline, request: Request, recorder: Recorder,
             if event is None:
                 break
             if isinstance(event, Progress) and event.phase == "sampling":
-                _add_step(recorder, event.step, started)
+                _add_step(recorder, event.step, started, event.skipped > skipped)
+                skipped = event.skipped
             elif isinstance(event, Frames):
                 with recorder.span("encode frames", Kind.ENCODE):
                     writer.write(event.pixels)
@@ -109,7 +110,7 @@ def _generate(pipeline: ProfilingPipeline, request: Request, recorder: Recorder,
         path.unlink(missing_ok=True)
 
 
-def _add_step(recorder: Recorder, step: int, started_ms: float) -> None:
+def _add_step(recorder: Recorder, step: int, started_ms: float, skipped: bool) -> None:
     """Record the step that has just ended: from when it was asked for, or from when its engine was there."""
     end = recorder.now_ms()
     for span in reversed(recorder.spans):
@@ -118,4 +119,5 @@ def _add_step(recorder: Recorder, step: int, started_ms: float) -> None:
         if span.kind is Kind.LOAD or span.name.endswith("begin loop"):
             started_ms = max(started_ms, span.end_ms)
             break
-    recorder.add(f"step {step}", Kind.STEP, "dit", started_ms, end)
+    name, kind = (f"step {step}, skipped", Kind.SKIPPED_STEP) if skipped else (f"step {step}", Kind.STEP)
+    recorder.add(name, kind, "dit", started_ms, end)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from reelforge.tools.console import format_bytes
 from reelforge.tools.profiling import report_sections as sections
+from reelforge.tools.profiling import report_steps
 from reelforge.tools.profiling.report_charts import milliseconds, text
 from reelforge.tools.profiling.report_style import style_sheet
 from reelforge.tools.profiling.schema import Profile, Timing
+from reelforge.tools.profiling.work import options_words
 
 
 def report(profile: Profile) -> str:
@@ -21,10 +23,10 @@ def report(profile: Profile) -> str:
             _tiles(profile),
             _noise(profile),
             sections.comparison(profile),
-            sections.timeline(profile),
+            report_steps.timeline(profile),
             sections.parts(profile),
             sections.stages(profile),
-            sections.steps(profile),
+            report_steps.steps(profile),
             sections.blocks(profile),
             sections.largest_layers(profile),
             sections.roofline(profile),
@@ -42,6 +44,7 @@ def report(profile: Profile) -> str:
 
 def _header(profile: Profile) -> str:
     work, machine = profile.work, profile.machine
+    options = "".join(f"<br>{text(option)}" for option in options_words(work))
     video = (
         f"{work.width}x{work.height} pixels, {work.frames} frame{'s' if work.frames > 1 else ''}, {work.steps} steps"
     )
@@ -58,7 +61,7 @@ def _header(profile: Profile) -> str:
     return (
         f"<header><h1>{text(work.bundle)}</h1>"
         f'<p class="muted">{text(work.family)} for {text(work.target)}, {text(" and ".join(precisions))} &middot; '
-        f"{text(video)} ({work.image_tokens:,} image tokens, {tiles})<br>"
+        f"{text(video)} ({work.image_tokens:,} image tokens, {tiles}){options}<br>"
         f"{text(machine.gpu or machine.processor)}, {machine.cores} cores, {memory} &middot; "
         f"{text(profile.created)}</p></header>{banner}"
     )
@@ -70,8 +73,10 @@ def _tiles(profile: Profile) -> str:
     if warm is not None:
         tiles.append(("a video, warm", milliseconds(warm.total.median_ms), _range(warm.total)))
         if warm.steps is not None:
+            skips = f"; {warm.skips} of {profile.work.steps} skipped" if warm.skips else ""
             spread = f"95 % below {milliseconds(warm.steps.p95_ms)}, at most {milliseconds(warm.steps.max_ms)}"
-            tiles.append(("a step", milliseconds(warm.steps.median_ms), spread))
+            name = "a computed step" if warm.skips else "a step"
+            tiles.append((name, milliseconds(warm.steps.median_ms), spread + skips))
     if cold is not None:
         tiles.append(("the first video, cold", milliseconds(cold.total.median_ms), "from starting Python to the file"))
     summary = warm or cold

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+from reelforge.tools.profiling.compare import unequal_work
 from reelforge.tools.profiling.layers import TOP
 from reelforge.tools.profiling.report_charts import (
     Area,
@@ -17,18 +18,16 @@ from reelforge.tools.profiling.report_charts import (
     Label,
     Line,
     bar_rows,
-    lanes,
     legend,
     milliseconds,
     number,
     plot,
     text,
 )
+from reelforge.tools.profiling.report_steps import median_run, section
 from reelforge.tools.profiling.roofline import Point, point, share_of_roof
-from reelforge.tools.profiling.schema import Kind, LayerTiming, Profile, RunRecord, Timing
-from reelforge.tools.profiling.statistics import timing
-from reelforge.tools.profiling.summary import of_kind
-from reelforge.tools.profiling.terminal import verdict
+from reelforge.tools.profiling.schema import LayerTiming, Profile, RunRecord, Timing
+from reelforge.tools.profiling.terminal import single_rows, verdict
 
 _KINDS = ("gemm", "attention", "convolution", "norm", "elementwise", "quantise", "layout", "other")
 _KIND_WORDS = {
@@ -39,66 +38,7 @@ _KIND_WORDS = {
     "norm": "norms",
     "convolution": "convolutions",
 }
-_LANES: tuple[tuple[str, tuple[Kind, ...]], ...] = (
-    ("host", (Kind.START, Kind.IMPORT, Kind.OPEN, Kind.TOKENISE, Kind.HOST)),
-    ("load", (Kind.LOAD,)),
-    ("run", (Kind.RUN,)),
-    ("copies", (Kind.COPY,)),
-    ("file", (Kind.ENCODE,)),
-)
 _MIB = 2**20
-
-
-def _section(title: str, about: str, content: str) -> str:
-    return f'<section><h2>{text(title)}</h2><p class="small muted">{text(about)}</p>{content}</section>'
-
-
-def timeline(profile: Profile) -> str:
-    """Show the cold run and the median warm one."""
-    shown = []
-    cold = next((record for record in profile.runs if record.temperature == "cold"), None)
-    if cold is not None:
-        shown.append(("Cold run", cold))
-    if (warm := median_run(profile)) is not None:
-        shown.append(("Warm run, the median one", warm))
-    if not shown and profile.runs:
-        shown.append(("The interrupted run", profile.runs[-1]))
-    content = ""
-    for title, record in shown:
-        axis = Axis(0.0, max(record.total_ms, 1e-6), "ms")
-        rows = [(name, bars) for name, kinds in _LANES if (bars := _lane(record, kinds))]
-        content += f"<h3>{text(title)}: {milliseconds(record.total_ms)}</h3>" + lanes(rows, axis)
-    stages = dict.fromkeys(span.stage for _, record in shown for span in of_kind(record, Kind.RUN))
-    entries = [(stage, stage) for stage in stages] + [("host", "host")]
-    return _section("Timeline", "What happened when.", legend(entries) + content) if content else ""
-
-
-def _lane(record: RunRecord, kinds: tuple[Kind, ...]) -> list[Bar]:
-    return [
-        Bar(
-            span.start_ms,
-            span.end_ms,
-            span.stage or "host",
-            span.name,
-            f"{span.name}: {milliseconds(span.duration_ms)}",
-        )
-        for span in sorted(record.spans, key=lambda span: span.start_ms)
-        if span.kind in kinds
-    ]
-
-
-def median_run(profile: Profile) -> RunRecord | None:
-    """Return the counted warm run of this bundle whose time is nearest to the median."""
-    if profile.warm is None:
-        return None
-    median = profile.warm.total.median_ms
-    return min(counted_runs(profile), key=lambda record: abs(record.total_ms - median), default=None)
-
-
-def counted_runs(profile: Profile) -> list[RunRecord]:
-    """Return the warm runs of this bundle that the summary counts."""
-    warm = [one for one in profile.runs if one.temperature == "warm" and one.bundle == profile.work.bundle]
-    return [one for one in warm[profile.warmup :] if one.complete]
 
 
 def parts(profile: Profile) -> str:
@@ -111,18 +51,14 @@ def parts(profile: Profile) -> str:
         _row(name, cold.parts.get(name) if cold else None, warm.parts.get(name) if warm else None) for name in names
     ]
     rows.append(_row("whole", cold.total if cold else None, warm.total if warm else None, "sum"))
-    extra = []
-    for name, get in (("one step", "steps"), ("gap between steps", "step_gaps"), ("gap between tiles", "tile_gaps")):
-        first, second = (getattr(summary, get) if summary else None for summary in (cold, warm))
-        if first or second:
-            extra.append(_row(name, first, second))
+    extra = [_row(*row) for row in single_rows(profile)]
     for name, copy in (warm.copies if warm else {}).items():
         extra.append(_row(name, cold.copies.get(name) if cold else None, copy))
     about = (
         "Medians in milliseconds. Parts are of a whole video; gaps are how long an engine waited for the host between "
         "two of its calls."
     )
-    return _section(
+    return section(
         "Where the time goes",
         about,
         '<div class="scroll"><table><tr><th></th><th>cold</th><th>warm</th><th>p95</th>'
@@ -159,39 +95,14 @@ def stages(profile: Profile) -> str:
     most = max(stage.load.median_ms if stage.load else 0.0 for stage in summary.stages)
     content = f"<h3>Running, per video</h3>{bar_rows(rows, longest)}"
     content += f"<h3>Loading, when they are loaded</h3>{bar_rows(loads, most)}"
-    return _section("Stages", f"Medians of {summary.temperature} runs.", content)
-
-
-def steps(profile: Profile) -> str:
-    """Show the latency of every step of every counted run."""
-    runs = [[span.duration_ms for span in of_kind(record, Kind.STEP)] for record in counted_runs(profile)]
-    runs = [run for run in runs if run]
-    if not runs or len(runs[0]) < 2:
-        return ""
-    count = min(len(run) for run in runs)
-    medians = [timing([run[index] for run in runs]).median_ms for index in range(count)]
-    flat = timing([value for run in runs for value in run])
-    top = min(flat.max_ms, 3 * max(flat.p95_ms, max(medians)))
-    x, y = Axis(1.0, float(count), "sampling step"), Axis(0.0, top * 1.05, "ms")
-    shapes: list[Line | Area] = [Line(_numbered(run[:count]), "host", 1.0, opacity=0.55) for run in runs]
-    shapes.append(Line([(1.0, flat.p95_ms), (float(count), flat.p95_ms)], "vae_decoder", 1.5, dashed=True))
-    shapes.append(Line(_numbered(medians), "dit", 3.0))
-    caption = f"Median {milliseconds(flat.median_ms)}, p95 {milliseconds(flat.p95_ms)}, max {milliseconds(flat.max_ms)}"
-    keys = legend([("each run", "host"), ("median over runs", "dit"), ("95 % of all steps are below", "vae_decoder")])
-    return _section(
-        "Steps", "Latency of each sampling step, with the host's part.", keys + plot(x, y, shapes, (), caption)
-    )
-
-
-def _numbered(values: Sequence[float]) -> list[tuple[float, float]]:
-    return [(float(index), value) for index, value in enumerate(values, start=1)]
+    return section("Stages", f"Medians of {summary.temperature} runs.", content)
 
 
 def blocks(profile: Profile) -> str:
     """Show each stage's blocks, by kind of work."""
     if profile.layers is None or not profile.layers.layers:
         reason = profile.layers.source if profile.layers else ""
-        return _section("Layers", f"There are no times of layers: {reason}.", "") if reason else ""
+        return section("Layers", f"There are no times of layers: {reason}.", "") if reason else ""
     by_stage: dict[str, dict[str, list[LayerTiming]]] = defaultdict(lambda: defaultdict(list))
     for layer in profile.layers.layers:
         by_stage[layer.stage][layer.block or "outside of blocks"].append(layer)
@@ -209,7 +120,7 @@ def blocks(profile: Profile) -> str:
         ]
         content += f"<h3>{text(stage)}: {milliseconds(totals[stage])} per video</h3>" + bar_rows(rows, longest)
     about = "Layers' times per video, in the profiler's own runs; stages below 2 % are left out."
-    return _section("Blocks", about, content)
+    return section("Blocks", about, content)
 
 
 def _ms(layers: Sequence[LayerTiming]) -> float:
@@ -259,7 +170,7 @@ def largest_layers(profile: Profile) -> str:
         )
     content = f'<ul class="small">{"".join(general)}</ul>' if general else ""
     content += f'<ol class="layers">{items}</ol>' if items else ""
-    return _section(
+    return section(
         "The largest layers, and what would speed them up", "Shares are of all layers' time per video.", content
     )
 
@@ -301,7 +212,7 @@ def roofline(profile: Profile) -> str:
     about = (
         "Below the slope a layer waits for memory, below the flat roof for arithmetic. Far below both it is too small."
     )
-    return _section("Roofline", about, keys + plot(x, y, shapes, dots, caption, labels))
+    return section("Roofline", about, keys + plot(x, y, shapes, dots, caption, labels))
 
 
 def _roof_dot(place: Point) -> Dot:
@@ -330,7 +241,7 @@ def memory(profile: Profile) -> str:
         shapes = [Area(floor, own, "dit"), Area(own, both, "host", 0.45)]
         content += f"<h3>{text(title)}</h3>" + plot(x, y, shapes, (), _phases(profile, record))
     keys = legend([("its own (anonymous)", "dit"), ("mapped files: libraries, weights", "host")])
-    return _section("Memory", "Resident memory of the process.", keys + content) if content else ""
+    return section("Memory", "Resident memory of the process.", keys + content) if content else ""
 
 
 def _phases(profile: Profile, record: RunRecord) -> str:
@@ -367,4 +278,6 @@ def comparison(profile: Profile) -> str:
         f"{found.confidence:.0%} intervals, of which one in twenty misses by chance; the dashed line is 1."
     )
     title = f"Beside {found.other.bundle}"
-    return _section(title, about, f'<div class="bars">{rows}</div>')
+    unequal = unequal_work(found, profile.work.bundle)
+    warning = f'<p class="bad">{text(unequal)}</p>' if unequal else ""
+    return section(title, about, f'<div class="bars">{rows}</div>{warning}')

@@ -22,6 +22,10 @@ PALETTE: dict[str, tuple[str, str]] = {
     "modulation": ("#6f6212", "#d2c05c"),
     "dit": ("#2a66ad", "#78aeec"),
     "vae_decoder": ("#a8501c", "#f29b66"),
+    "guidance": ("#4b57b3", "#a4aef2"),
+    "step_change": ("#50701a", "#a9cd68"),
+    "step_reuse": ("#b0304f", "#f78fa7"),
+    "skipped": ("#b0304f", "#f78fa7"),
     "host": ("#56626f", "#a3afbd"),
     "gemm": ("#2a66ad", "#78aeec"),
     "attention": ("#a8501c", "#f29b66"),
@@ -42,7 +46,8 @@ TEXT_ON: tuple[tuple[str, str], ...] = (
     ("warning", "card"),
     ("good", "card"),
     *(("on-colour", name) for name in (
-        "llm", "clip", "refiner", "modulation", "dit", "vae_decoder", "host", "gemm", "attention", "convolution",
+        "llm", "clip", "refiner", "modulation", "dit", "vae_decoder", "guidance", "step_change",
+        "step_reuse", "skipped", "host", "gemm", "attention", "convolution",
         "norm", "elementwise", "quantise", "layout", "other",
     )),
 )  # fmt: skip

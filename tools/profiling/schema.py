@@ -9,7 +9,9 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-SCHEMA_VERSION = 1
+from reelforge.tools.profiling.schema_work import Comparison, Machine, Work
+
+SCHEMA_VERSION = 2
 
 
 class Kind(enum.Enum):
@@ -21,7 +23,8 @@ class Kind(enum.Enum):
     TOKENISE = "tokenise"
     LOAD = "load"  # an engine, from the bundle's files
     RUN = "run"  # one call of an engine
-    STEP = "step"  # one sampling step, with what the host does around the engine
+    STEP = "step"  # one sampling step that was computed, with what the host does around the engine
+    SKIPPED_STEP = "skipped_step"  # one that a step cache made of earlier ones, its decision included
     HOST = "host"  # arithmetic of ours: conditioning, blending
     COPY = "copy"  # between host and device
     ENCODE = "encode"  # frames into the video file
@@ -150,7 +153,9 @@ class Summary:
         total: Whole runs.
         parts: Named parts of a run: ``import``, ``open``, ``load``, ``tokenise``, ``run``, ``host``, ``encode``, ...
         stages: In pipeline order.
-        steps: Single sampling steps of all runs; None if there were none.
+        steps: Single sampling steps of all runs that were computed; None if there were none.
+        skipped_steps: Those that a step cache skipped, with what deciding and making up for them took.
+        skips: How many it skipped per video.
         step_gaps: From the end of one call of the loop's engine to the beginning of the next.
         tile_gaps: Likewise of the decoder.
         copies: Between host and device, by direction, per video; empty without a GPU.
@@ -164,6 +169,8 @@ class Summary:
     parts: dict[str, Timing]
     stages: tuple[StageTiming, ...]
     steps: Timing | None
+    skipped_steps: Timing | None
+    skips: int
     step_gaps: Timing | None
     tile_gaps: Timing | None
     copies: dict[str, Timing]
@@ -244,53 +251,6 @@ class Peak:
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Where it was measured."""
-
-    processor: str
-    cores: int
-    memory_bytes: int
-    system: str
-    gpu: str | None
-    versions: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Work:
-    """What was measured; equal works can be compared.
-
-    Attributes:
-        bundle: Name of the bundle.
-        content_digest: What it computes.
-        family: Of the model.
-        target: Backend and architectures.
-        precision: Stage -> precision.
-        prompt: What was asked for.
-        height: Pixels.
-        width: Pixels.
-        frames: Of the video.
-        steps: Sampling steps.
-        image_tokens: Per call of the loop's stage.
-        tiles: That the decoder decodes.
-        overlap: Share of what the decoder computes that is computed twice, because tiles overlap.
-    """
-
-    bundle: str
-    content_digest: str
-    family: str
-    target: str
-    precision: dict[str, str]
-    prompt: str
-    height: int
-    width: int
-    frames: int
-    steps: int
-    image_tokens: int
-    tiles: int
-    overlap: float
-
-
-@dataclass(frozen=True)
 class Advice:
     """Something that would make it faster.
 
@@ -305,44 +265,6 @@ class Advice:
     action: str
     reason: str
     saves_ms: float | None
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Time of the other bundle over time of this one.
-
-    Attributes:
-        what: ``video``, ``step`` or a stage.
-        ratio: Geometric mean over rounds; above 1: the other is slower.
-        low: Lower end of the interval; None with a single round.
-        high: Upper end.
-        bundle_ms: Median of this one.
-        other_ms: Median of the other.
-    """
-
-    what: str
-    ratio: float
-    low: float | None
-    high: float | None
-    bundle_ms: float
-    other_ms: float
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two bundles, run alternately.
-
-    Attributes:
-        other: The other bundle's work.
-        rounds: In each of which both ran once.
-        confidence: Of the intervals, for example 0.95.
-        ratios: The whole video first.
-    """
-
-    other: Work
-    rounds: int
-    confidence: float
-    ratios: tuple[Ratio, ...]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from reelforge.runtime.bundle.open import Bundle, Check
@@ -30,14 +30,8 @@ from reelforge.tools.profiling.machine_peak import describe_machine, measure_pea
 from reelforge.tools.profiling.measure import InterruptedRun, measure_run
 from reelforge.tools.profiling.nvtx_ranges import NO_RANGES, Ranges, open_ranges
 from reelforge.tools.profiling.recorder import Recorder
-from reelforge.tools.profiling.schema import (
-    SCHEMA_VERSION,
-    LayerProfile,
-    Machine,
-    Peak,
-    Profile,
-    RunRecord,
-)
+from reelforge.tools.profiling.schema import SCHEMA_VERSION, LayerProfile, Peak, Profile, RunRecord
+from reelforge.tools.profiling.schema_work import Machine
 from reelforge.tools.profiling.summary import summarise
 from reelforge.tools.profiling.trust import noise_notes
 from reelforge.tools.profiling.work import describe_work
@@ -77,6 +71,11 @@ class ProfileRequest:
     nvtx: bool = False
     memory_budget: int | str | None = None
     other: Bundle | None = None
+
+    def label(self, bundle: Bundle) -> str:
+        """Return what a bundle is called: its name, or the other's path where both have the same."""
+        same = self.other is not None and bundle is self.other and bundle.name == self.bundle.name
+        return str(bundle.path) if same else bundle.name
 
     def require_possible(self) -> None:
         """Refuse what cannot be measured, before anything is.
@@ -220,11 +219,12 @@ class _Measurement:
         kind = f"warm run {finished + 1} of {asked.repeats}" if counts else "warm-up run"
         done = []
         for bundle, target in reversed(pairs) if finished % 2 else pairs:
-            self._tell(f"{kind}: {bundle.name}")
+            self._tell(f"{kind}: {asked.label(bundle)}")
             pipeline = self._pipeline(bundle)
             pipeline.keep_inputs = asked.layers and not counts and bundle is asked.bundle
             record = measure_run(pipeline, asked.request, "warm", self._folder, self._ranges)
             pipeline.keep_inputs = False
+            record = replace(record, bundle=asked.label(bundle))
             got.runs.append(record)
             done.append((target, record))
         for target, record in done if counts else ():  # a round counts as a whole
@@ -283,7 +283,7 @@ def _profile(asked: ProfileRequest, got: _Collected) -> Profile:
     pairs = min(len(got.counted), len(got.other_counted))
     comparison = None
     if asked.other is not None and pairs:
-        other = describe_work(asked.other, asked.request)
+        other = replace(describe_work(asked.other, asked.request), bundle=asked.label(asked.other))
         comparison = compare(got.counted[:pairs], got.other_counted[:pairs], other)
     machine: Machine = describe_machine(got.gpu)
     return Profile(

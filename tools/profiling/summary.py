@@ -5,7 +5,6 @@ Knows records only. Everything is in milliseconds per video unless it says other
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -46,6 +45,10 @@ def summarise(records: Sequence[RunRecord], loaded: Sequence[RunRecord] = ()) ->
         parts=_parts(records),
         stages=_stages(records, [*loaded, *records]),
         steps=_timing_or_none(span.duration_ms for record in records for span in of_kind(record, Kind.STEP)),
+        skipped_steps=_timing_or_none(
+            span.duration_ms for record in records for span in of_kind(record, Kind.SKIPPED_STEP)
+        ),
+        skips=len(of_kind(records[0], Kind.SKIPPED_STEP)),
         step_gaps=_timing_or_none(gap for record in records for gap in gaps(record, LOOP)),
         tile_gaps=_timing_or_none(gap for record in records for gap in gaps(record, DECODER)),
         copies=_copies(records),
@@ -59,10 +62,24 @@ def of_kind(record: RunRecord, kind: Kind) -> list[Span]:
     return [span for span in record.spans if span.kind is kind]
 
 
+def steps_of(record: RunRecord) -> list[Span]:
+    """Return the sampling steps, computed and skipped, in order."""
+    found = [*of_kind(record, Kind.STEP), *of_kind(record, Kind.SKIPPED_STEP)]
+    return sorted(found, key=lambda span: span.start_ms)
+
+
 def gaps(record: RunRecord, stage: str) -> list[float]:
-    """Return how long the host let a stage's engine wait between its calls."""
-    calls = [span for span in record.spans if span.kind is Kind.RUN and span.stage == stage]
-    return [max(0.0, after.start_ms - before.end_ms) for before, after in itertools.pairwise(calls)]
+    """Return how long the host let a stage's engine wait between its calls; other engines' time is not the host's."""
+    found: list[float] = []
+    seen, waited, end = False, 0.0, 0.0
+    for span in sorted(of_kind(record, Kind.RUN), key=lambda span: span.start_ms):
+        waited += max(0.0, span.start_ms - end)
+        end = span.end_ms
+        if span.stage == stage:
+            if seen:
+                found.append(waited)
+            seen, waited = True, 0.0
+    return found
 
 
 def stage_ms(record: RunRecord, stage: str) -> float:

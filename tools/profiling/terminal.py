@@ -10,8 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from reelforge.tools import console
+from reelforge.tools.profiling.compare import unequal_work
 from reelforge.tools.profiling.layers import TOP
-from reelforge.tools.profiling.schema import Profile, Ratio, Summary, Timing
+from reelforge.tools.profiling.schema import Profile, Summary, Timing
+from reelforge.tools.profiling.schema_work import Ratio
+from reelforge.tools.profiling.work import options_words
 
 
 def show(profile: Profile, screen: Console) -> None:
@@ -22,26 +25,31 @@ def show(profile: Profile, screen: Console) -> None:
         f"{profile.machine.gpu or profile.machine.processor}, {profile.machine.cores} cores",
         highlight=False,
     )
+    if options := options_words(work):
+        screen.print(Text(", ".join(options)))
     if not profile.complete:
         screen.print(f"[bold red]incomplete[/bold red]: {', '.join(profile.missing)} missing", highlight=False)
     for table in _tables(profile):
         screen.print(table)
     if profile.comparison is not None:
         screen.print(_comparison_table(profile))
+        if unequal := unequal_work(profile.comparison, work.bundle):
+            screen.print(Text(unequal, style="bold yellow"))
     for note in profile.noise:
         screen.print(Text(f"· {note}", style="dim"))
 
 
 def _tables(profile: Profile) -> Iterator[Table]:
     if profile.warm is not None or profile.cold is not None:
-        yield _parts_table(profile.cold, profile.warm)
+        yield _parts_table(profile)
     if profile.warm is not None:
         yield _stage_table(profile.warm)
     if profile.layers is not None and profile.layers.layers:
         yield _layer_table(profile)
 
 
-def _parts_table(cold: Summary | None, warm: Summary | None) -> Table:
+def _parts_table(profile: Profile) -> Table:
+    cold, warm = profile.cold, profile.warm
     table = _table("where the time goes, ms", "part", "cold", "warm", "p95", "max")
     names = dict.fromkeys([*(cold.parts if cold else ()), *(warm.parts if warm else ())])
     for name in names:
@@ -49,13 +57,27 @@ def _parts_table(cold: Summary | None, warm: Summary | None) -> Table:
         table.add_row(name, _ms(first), *_spread(warm.parts.get(name) if warm else None))
     table.add_section()
     table.add_row("whole", _ms(cold.total if cold else None), *_spread(warm.total if warm else None))
-    for label, of in (("one step", "steps"), ("gap between steps", "step_gaps"), ("gap between tiles", "tile_gaps")):
-        first, second = (getattr(summary, of) if summary else None for summary in (cold, warm))
-        if first or second:
-            table.add_row(label, _ms(first), *_spread(second))
+    for label, first, second in single_rows(profile):
+        table.add_row(label, _ms(first), *_spread(second))
     for name, copy in (warm.copies if warm else {}).items():
         table.add_row(name, _ms(cold.copies.get(name) if cold else None), *_spread(copy))
     return table
+
+
+def single_rows(profile: Profile) -> Iterator[tuple[str, Timing | None, Timing | None]]:
+    """Yield single steps and gaps: what, cold, warm. Skipped steps are apart, and said to be."""
+    cold, warm = profile.cold, profile.warm
+    skips = max(summary.skips for summary in (cold, warm) if summary)
+    labels = {
+        "steps": "one computed step" if skips else "one step",
+        "skipped_steps": f"one skipped step ({skips} of {profile.work.steps})",
+        "step_gaps": "gap between steps",
+        "tile_gaps": "gap between tiles",
+    }
+    for of, label in labels.items():
+        first, second = (getattr(summary, of) if summary else None for summary in (cold, warm))
+        if first or second:
+            yield label, first, second
 
 
 def _stage_table(warm: Summary) -> Table:

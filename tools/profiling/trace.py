@@ -18,6 +18,7 @@ _TRACKS = {
     Kind.TOKENISE: "host",
     Kind.HOST: "host",
     Kind.STEP: "steps",
+    Kind.SKIPPED_STEP: "steps",
     Kind.LOAD: "engines",
     Kind.RUN: "engines",
     Kind.CLOSE: "engines",

@@ -8,7 +8,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from reelforge.tools.profiling.schema import LayerProfile, Machine, RunRecord, Summary
+from reelforge.tools.profiling.schema import LayerProfile, RunRecord, Summary
+from reelforge.tools.profiling.schema_work import Machine
 
 _QUIET, _LOADED = 0.1, 0.3
 _STEADY, _NOISY = 0.05, 0.15

@@ -1,4 +1,4 @@
-"""A bundle and a request as the work that was measured: shape, steps, tokens, tiles.
+"""A bundle and a request as the work that was measured: shape, steps, tokens, tiles, options; also in words.
 
 Knows the manifest and the tiling; it measures nothing.
 """
@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import math
 
+from reelforge.runtime.attention.table import AttentionTable, Pattern
 from reelforge.runtime.bundle.open import Bundle
-from reelforge.runtime.request import Request, resolve_request
+from reelforge.runtime.request import NO_GUIDANCE, Request, resolve_request
+from reelforge.runtime.step_cache.settings import Reuse, StepCache
 from reelforge.runtime.tiling import plan_tiles
-from reelforge.tools.profiling.schema import Work
+from reelforge.tools.profiling.schema_work import Work
+
+DENSE_ATTENTION = "dense"
 
 
 def describe_work(bundle: Bundle, request: Request) -> Work:
@@ -42,4 +46,39 @@ def describe_work(bundle: Bundle, request: Request) -> Work:
         image_tokens=tokens,
         tiles=plan.tiles,
         overlap=1 - math.prod(latents) / decoded,
+        guidance=resolved.guidance,
+        shift=resolved.shift,
+        cfg_scale=resolved.cfg_scale,
+        negative_prompt=resolved.negative_prompt,
+        step_cache=None if resolved.step_cache is None else step_cache_words(resolved.step_cache),
+        attention=attention_words(resolved.attention),
     )
+
+
+def step_cache_words(cache: StepCache) -> str:
+    """Return a step cache as the command line writes it; a file of ratios is not named, since nobody knows its name."""
+    words = f"{cache.method.value}:{cache.threshold:g}"
+    if cache.reuse is not Reuse.EXTRAPOLATE:
+        words += f",reuse={cache.reuse.value}"
+    for name, value in (("warmup", cache.warmup), ("max-skips", cache.max_skips)):
+        words += "" if value is None else f",{name}={value}"
+    return words
+
+
+def attention_words(table: AttentionTable) -> str:
+    """Return which keys attention leaves out."""
+    if table.pattern is Pattern.DENSE:
+        return DENSE_ATTENTION
+    first = f", the first {table.dense_steps} steps dense" if table.dense_steps else ""
+    return f"{table.pattern.value}{first}"
+
+
+def options_words(work: Work) -> list[str]:
+    """Return what the request asked for besides shape and steps, for people; an empty list if nothing."""
+    words = [f"step cache {work.step_cache}"] if work.step_cache else []
+    if work.cfg_scale != NO_GUIDANCE:
+        against = f" against {work.negative_prompt!r}" if work.negative_prompt else ""
+        words.append(f"classifier-free guidance {work.cfg_scale:g}{against}")
+    if work.attention != DENSE_ATTENTION:
+        words.append(f"attention {work.attention}")
+    return words

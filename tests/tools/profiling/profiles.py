@@ -7,19 +7,16 @@ from dataclasses import replace
 from reelforge.tools.profiling.schema import (
     SCHEMA_VERSION,
     Advice,
-    Comparison,
     Kind,
     LayerProfile,
     LayerTiming,
-    Machine,
     MemorySample,
     Peak,
     Profile,
-    Ratio,
     RunRecord,
     Span,
-    Work,
 )
+from reelforge.tools.profiling.schema_work import Comparison, Machine, Ratio, Work
 from reelforge.tools.profiling.summary import summarise
 
 WORK = Work("my.bundle", "abc", "hunyuan_video", "cpu", {"dit": "fp32"}, "a ball", 64, 96, 9, 3, 72, 2, 0.25)

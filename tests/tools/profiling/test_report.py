@@ -12,7 +12,7 @@ import pytest
 from reelforge.runtime.codec import from_json, to_json
 from reelforge.tools.profiling.report_charts import Axis, milliseconds, nice_ticks
 from reelforge.tools.profiling.report_html import report
-from reelforge.tools.profiling.report_sections import counted_runs, median_run
+from reelforge.tools.profiling.report_steps import counted_runs, median_run
 from reelforge.tools.profiling.report_style import PALETTE, TEXT_ON
 from reelforge.tools.profiling.schema import Profile
 from reelforge.tools.profiling.trace import trace_of
