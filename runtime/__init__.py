@@ -11,7 +11,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from reelforge.runtime.bundle.open import Bundle, Check
+    from reelforge.runtime.bundle.check import Check
+    from reelforge.runtime.bundle.open import Bundle
     from reelforge.runtime.control import Stop
     from reelforge.runtime.errors import ReelforgeError
     from reelforge.runtime.events import Frames, Notice, Progress
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Bundle": "reelforge.runtime.bundle.open",
-    "Check": "reelforge.runtime.bundle.open",
+    "Check": "reelforge.runtime.bundle.check",
     "Frames": "reelforge.runtime.events",
     "Notice": "reelforge.runtime.events",
     "Pipeline": "reelforge.runtime.pipeline",

@@ -15,11 +15,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from reelforge.runtime.errors import RequestError
 from reelforge.runtime.host_memory import available_bytes
-from reelforge.runtime.manifest import Manifest, PlanEntry, ProfileEntry, StageEntry, TensorInfo
 from reelforge.runtime.recipe import Backend
+
+if TYPE_CHECKING:
+    from reelforge.runtime.manifest import Manifest, PlanEntry, ProfileEntry, StageEntry, TensorInfo
 
 LEAST = "least"
 """The budget that keeps no engine beyond its use: one stage at a time."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,8 +19,10 @@ from reelforge.runtime.control import Stop
 from reelforge.runtime.engines.engine import Engine
 from reelforge.runtime.errors import EngineError, OutOfMemoryError, RequestError
 from reelforge.runtime.events import Event, FloatArray, Frames, Notice, Progress
-from reelforge.runtime.spec import ModelSpec, VaeTiling
 from reelforge.runtime.tiling import TiledDecoder, smaller_tiles
+
+if TYPE_CHECKING:
+    from reelforge.runtime.spec import ModelSpec, VaeTiling
 
 Lend = Callable[[], AbstractContextManager[Engine]]
 

@@ -6,10 +6,13 @@ The module knows no engines, and not which stage has which dimension.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from reelforge.runtime.recipe import VideoShape
-from reelforge.runtime.spec import ModelSpec
 from reelforge.runtime.tiling import plan_tiles
+
+if TYPE_CHECKING:
+    from reelforge.runtime.recipe import VideoShape
+    from reelforge.runtime.spec import ModelSpec
 
 
 def video_sizes(spec: ModelSpec, shape: VideoShape, steps: int) -> dict[str, int]:

@@ -14,13 +14,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator
 from contextlib import closing
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reelforge.runtime.events import Event, FloatArray, Frames, Pixels, to_uint8
 from reelforge.runtime.schedule import flow_match_sigmas
-from reelforge.runtime.spec import VaeSpec
+
+if TYPE_CHECKING:
+    from reelforge.runtime.spec import VaeSpec
 
 _RIDGE = 1e-6
 """Of the mean square of a channel: keeps the fit solvable where a video has fewer positions than channels."""

@@ -7,13 +7,15 @@ matter: the module knows the stages' names and chain, and no engines.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from reelforge.runtime.control import Stop
 from reelforge.runtime.engines.engine import Array
 from reelforge.runtime.events import Event, Progress
-from reelforge.runtime.request import ResolvedRequest
-from reelforge.runtime.stage_inputs import Conditions, StageInputs, TextEncoding
+
+if TYPE_CHECKING:
+    from reelforge.runtime.request import ResolvedRequest
+    from reelforge.runtime.stage_inputs import Conditions, StageInputs, TextEncoding
 
 Ask = Callable[[str, Mapping[str, Array]], Mapping[str, Array]]
 """A stage and its inputs to its outputs, which nobody alters."""

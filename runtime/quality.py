@@ -7,7 +7,6 @@ nothing.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -57,7 +56,7 @@ class QualityReport:
     @property
     def psnr_median_db(self) -> float:
         """The median PSNR over prompts; infinite if more than half of the videos are equal."""
-        return statistics.median(self._psnr())
+        return _median(self._psnr())
 
     @property
     def psnr_worst_db(self) -> float:
@@ -67,7 +66,7 @@ class QualityReport:
     @property
     def ssim_median(self) -> float:
         """The median SSIM over prompts."""
-        return statistics.median(self.ssim)
+        return _median(self.ssim)
 
     @property
     def ssim_worst(self) -> float:
@@ -99,3 +98,10 @@ class QualityThresholds:
     def for_precisions(cls, precisions: Iterable[str]) -> QualityThresholds:
         """Return the default for a bundle with these precisions (``"int8"``): of several, the lower one."""
         return cls(min((DEFAULT_PSNR_DB[name] for name in precisions if name in DEFAULT_PSNR_DB), default=0.0))
+
+
+def _median(values: Iterable[float]) -> float:
+    """The median; ``statistics`` has one, and takes longer to import than any module of ours."""
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2

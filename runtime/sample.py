@@ -8,16 +8,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 from reelforge.runtime.control import Stop
 from reelforge.runtime.engines.engine import Engine
 from reelforge.runtime.errors import EngineError, OutOfMemoryError
 from reelforge.runtime.events import Event, FloatArray, Progress
-from reelforge.runtime.preview import Previews
-from reelforge.runtime.request import ResolvedRequest
 from reelforge.runtime.request_loop import requested_loop
 from reelforge.runtime.sampling import SamplingError, take_step
-from reelforge.runtime.stage_inputs import Conditions
+
+if TYPE_CHECKING:
+    from reelforge.runtime.preview import Previews
+    from reelforge.runtime.request import ResolvedRequest
+    from reelforge.runtime.stage_inputs import Conditions
 
 Lend = Callable[[str], AbstractContextManager[Engine]]
 

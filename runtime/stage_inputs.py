@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from reelforge.runtime.attention.inputs import JointSequence, attention_inputs
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.conditioning import guidance_value, rope_tables, sinusoids
 from reelforge.runtime.engines.engine import Array
@@ -110,6 +109,8 @@ class StageInputs:
         # One video per call: the axis after the step is the batch.
         per_step = {name: rows[:, None] for name, rows in {"text": refined, **vectors}.items()}
         if sparse is not None:
+            from reelforge.runtime.attention.inputs import JointSequence, attention_inputs  # few bundles need it
+
             sequence = JointSequence(grid, refined.shape[1], dit.heads)
             attention = attention_inputs(request.attention, sparse, sequence, request.steps, (cos, sin))
             fixed |= attention.fixed

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from reelforge.runtime.spec import VaeSpec, VaeTiling
+if TYPE_CHECKING:
+    from reelforge.runtime.spec import VaeSpec, VaeTiling
+
 
 FloatArray = NDArray[np.float32]
 TileDecoder = Callable[[FloatArray], FloatArray]

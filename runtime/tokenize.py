@@ -9,14 +9,18 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
 
 from reelforge.runtime.errors import BundleError, RequestError
-from reelforge.runtime.manifest import PromptTemplate
-from reelforge.runtime.spec import ClipSpec, LlmSpec
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from reelforge.runtime.manifest import PromptTemplate
+    from reelforge.runtime.spec import ClipSpec, LlmSpec
 
 TEMPLATE_SLOT = "{}"
 
@@ -122,6 +126,8 @@ def _load(path: Path) -> Tokenizer:
 @functools.lru_cache(maxsize=_TOKENIZERS)
 def _loaded(path: Path, *state: int) -> Tokenizer:
     del state  # part of the key
+    from tokenizers import Tokenizer  # with the first prompt: a bundle can be opened without
+
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing narrower

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +62,8 @@ def sha256_of_ranges(
         EOFError: If a file ends before a range does.
         OSError: If a file cannot be read.
     """
+    from concurrent.futures import ThreadPoolExecutor  # slow to import: it brings logging
+
     todo = list(parts)
     with ThreadPoolExecutor(max_workers=core_count(), thread_name_prefix="sha256") as pool:
         try:

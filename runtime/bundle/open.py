@@ -6,13 +6,13 @@ Knows the manifest and the file system. It does not know what the graphs compute
 
 from __future__ import annotations
 
-import enum
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from reelforge.runtime.bundle.check import Check as Check
 from reelforge.runtime.bundle.digest import ByteRange, sha256_of_ranges
 from reelforge.runtime.codec import CodecError, from_json
 from reelforge.runtime.errors import BundleError
@@ -20,13 +20,6 @@ from reelforge.runtime.manifest import SCHEMA_VERSION, Manifest, StageEntry, con
 
 MANIFEST_NAME = "manifest.json"
 _REBUILD = "copy the bundle again, or rebuild it with build-engine"
-
-
-class Check(enum.Enum):
-    """How thoroughly a bundle is checked when it is opened."""
-
-    FULL = "full"  # sizes, and the sha256 of every file and every weight
-    SIZES = "sizes"  # presence and size of every file: instant, finds truncated copies but not altered bytes
 
 
 @dataclass(frozen=True)
@@ -225,6 +218,7 @@ def _read_manifest(folder: Path) -> Manifest:
             expected=str(SCHEMA_VERSION),
             fix="rebuild the bundle with this reelforge, or install the reelforge that built it",
         )
+    value.setdefault("step_cache", None)  # bundles are older than the field, and the same without it
     try:
         return from_json(Manifest, value)
     except CodecError as error:

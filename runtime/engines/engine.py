@@ -10,13 +10,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reelforge.runtime.errors import EngineError
-from reelforge.runtime.manifest import TensorInfo
+
+if TYPE_CHECKING:
+    from reelforge.runtime.manifest import TensorInfo
 
 Array = NDArray[Any]
 

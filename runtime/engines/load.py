@@ -1,6 +1,6 @@
 """Which class loads a stage: the bundle's backend decides, and settings that mean nothing to it are refused.
 
-Modules for a GPU are imported when a bundle needs one.
+Modules of a backend are imported when a bundle needs it.
 """
 
 from __future__ import annotations
@@ -9,13 +9,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.engines.engine import Engine, EngineOptions
-from reelforge.runtime.engines.onnxruntime_engine import engine_from_onnx
-from reelforge.runtime.engines.onnxruntime_providers import gpu_provider
 from reelforge.runtime.recipe import Backend
 
 if TYPE_CHECKING:
+    from reelforge.runtime.bundle.open import Bundle
     from reelforge.runtime.engines.device_session import DeviceSession
 
 # Convolutions ask for large workspaces, and an arena doubles for the last of them: the demonstration decoder's peak is
@@ -44,6 +42,9 @@ def load_engine(bundle: Bundle, stage: str, options: EngineOptions, session: Cal
         settings = ("threads", "spinning", "graph_optimization", "provider", "arena")
         options.refuse(PRODUCTS[backend], *settings, *(() if backend is Backend.RTX else ("kernel_cache",)))
         return engine_from_plans(session(), bundle, stage, options)
+    from reelforge.runtime.engines.onnxruntime_engine import engine_from_onnx
+    from reelforge.runtime.engines.onnxruntime_providers import gpu_provider
+
     entry = bundle.stage(stage)
     if backend is Backend.CPU:
         options.refuse("ONNX Runtime on the CPU", "device", "cuda_graph", "provider", "kernel_cache")

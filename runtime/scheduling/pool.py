@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from reelforge.runtime.bundle.open import Check
+from reelforge.runtime.bundle.check import Check
 from reelforge.runtime.control import Stop
 from reelforge.runtime.errors import RequestError
 from reelforge.runtime.memo import Memos
