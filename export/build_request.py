@@ -79,6 +79,8 @@ class BuildRequest:
         shapes: Video shapes to serve; empty for any.
         stages: Names of the stages to build; empty for all.
         batch: Largest number of videos per call of ``dit``.
+        step_cache: What the bundle's requests get that say nothing about it, as ``--step-cache`` writes it; None and
+            ``off`` compute every step.
         numerics: Which reference implementation's numbers to follow.
         prompt_template: File that replaces the checkpoint's template.
         verify: Whether to run each stage against its reference and store the difference.
@@ -97,6 +99,7 @@ class BuildRequest:
     shapes: tuple[VideoShape, ...] = ()
     stages: tuple[str, ...] = ()
     batch: int = 1
+    step_cache: str | None = None
     numerics: Numerics = Numerics.TENCENT
     prompt_template: Path | None = None
     verify: bool = False

@@ -1,8 +1,9 @@
 """The bundle's manifest: every file, tensor and digest of a bundle, as data (``manifest.json``).
 
 The **content digest** names what the bundle computes and not how its files happen to be cut: it covers the spec, the
-recipe, the target, the prompt template, the tokenizers, each graph with its weights replaced by their digests, and the
-digest of each weight. Two checkpoints in different formats with equal weights therefore give equal content digests.
+recipe, the target, the prompt template, the default step cache, the tokenizers, each graph with its weights replaced
+by their digests, and the digest of each weight. Two checkpoints in different formats with equal weights therefore
+give equal content digests.
 The module knows the shape of the data, not how files are read or written (see ``runtime.bundle``).
 """
 
@@ -136,6 +137,7 @@ class Manifest:
     provenance: dict[str, str]  # checkpoint layout, tool and library versions; not part of the content digest
     content_digest: str
     quality: QualityReport | None = None  # what quantisation costs; None: nothing is quantised, or it was not measured
+    step_cache: str | None = None  # of requests that say nothing about it, as --step-cache writes it
 
     def stage(self, name: str) -> StageEntry | None:
         """Return the entry of stage ``name``, or None."""
@@ -160,5 +162,7 @@ def content_digest(manifest: Manifest) -> str:
             entry.name: [entry.graph_digest, {weight.name: weight.sha256 for weight in entry.weights}]
             for entry in manifest.stages
         },
+        # Bundles without a default, which most are, have the digest that they had before there was one.
+        **({} if manifest.step_cache is None else {"step_cache": manifest.step_cache}),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

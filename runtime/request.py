@@ -16,7 +16,7 @@ from reelforge.runtime.errors import RequestError
 from reelforge.runtime.manifest import Manifest, ProfileEntry
 from reelforge.runtime.noise import MAX_SEED
 from reelforge.runtime.recipe import VideoShape
-from reelforge.runtime.step_cache.settings import StepCache
+from reelforge.runtime.step_cache.settings import OFF, StepCache
 from reelforge.runtime.tokenize import clean_prompt
 
 Number = TypeVar("Number", int, float)
@@ -54,7 +54,8 @@ class Request:
         negative_prompt: What to keep away from; only with a ``cfg_scale`` above 1. None means an empty prompt.
         shift: Shift of the flow-matching schedule.
         attention: What the attention of ``dit`` leaves out; only for bundles built for that.
-        step_cache: Which steps may reuse the velocity of earlier ones (see ``runtime.step_cache``); None computes all.
+        step_cache: Which steps may reuse the velocity of earlier ones (see ``runtime.step_cache``). Most bundles have
+            no default, which computes all; ``OFF`` does so with any bundle.
     """
 
     prompt: str
@@ -125,7 +126,8 @@ def resolve_request(request: Request, manifest: Manifest, bundle_name: str) -> R
         problems.append(_Problem(said, "no guidance: this model takes none", "leave guidance out"))
     negative, guidance_problems = _cfg(request, manifest)
     problems += guidance_problems
-    problems += _step_cache_problems(request.step_cache, manifest)
+    step_cache = _step_cache(request, manifest)
+    problems += _step_cache_problems(step_cache, manifest)
     if manifest.target.backend.has_plans and not problems:
         problems += _plan_problems(VideoShape(**sizes), steps, manifest)
     if request.attention is not None and not problems:
@@ -150,7 +152,7 @@ def resolve_request(request: Request, manifest: Manifest, bundle_name: str) -> R
         attention,
         cfg_scale,
         negative,
-        request.step_cache,
+        step_cache,
     )
 
 
@@ -165,6 +167,12 @@ def default_shape(manifest: Manifest) -> VideoShape:
 
 def _default(value: Number | None, default: Number) -> Number:
     return default if value is None else value
+
+
+def _step_cache(request: Request, manifest: Manifest) -> StepCache | None:
+    if request.step_cache is None:
+        return None if manifest.step_cache is None else StepCache.parse(manifest.step_cache)
+    return None if request.step_cache == OFF else request.step_cache
 
 
 def _step_cache_problems(cache: object, manifest: Manifest) -> list[_Problem]:

@@ -17,7 +17,15 @@ from reelforge.runtime.recipe import Target, VideoShape
 from reelforge.tools import console
 from reelforge.tools.attention_options import sparse_attention_of, sparse_build_options
 from reelforge.tools.build_report import node_table, quality_table, shown
-from reelforge.tools.quantisation_options import calibration_options, chosen_recipe, precision_of
+from reelforge.tools.quantisation_options import (
+    attention_of,
+    calibration_options,
+    parse_kept,
+    parsed_precisions,
+    precision_of,
+)
+from reelforge.tools.recipe_file import ChosenRecipe, build_options
+from reelforge.tools.recipe_option import recipe_option, settled, show_recipe
 
 if TYPE_CHECKING:
     from reelforge.export.build_request import BuildRequest
@@ -55,14 +63,10 @@ if TYPE_CHECKING:
     metavar="STAGE=PATTERN",
     help="Layers of an 8-bit stage that stay in high precision, e.g. 'dit=single.39.*'. May be given several times.",
 )
-@click.option(
-    "--recipe",
-    type=click.Path(path_type=Path),
-    help="File from `reelforge sensitivity --recipe`, instead of --precision and --keep.",
-)
+@recipe_option(build_options)
 @click.option(
     "--attention",
-    type=click.Choice(["fp8"]),
+    type=click.Choice(["fp8", "high"]),
     help="Quantise the queries, keys and values of dit's attention too. By default attention is in high precision; for "
     "trt it is in 8 bits either way, by default in plugins of reelforge's own.",
 )
@@ -98,6 +102,12 @@ if TYPE_CHECKING:
     "--batch", default=1, show_default=True, type=click.IntRange(1), help="Videos per call of the dit engine."
 )
 @click.option(
+    "--step-cache",
+    metavar="METHOD:THRESHOLD",
+    help="What requests get that say nothing about it (see docs/step_cache.md), e.g. easycache:0.025. By default, and "
+    "with off, every step is computed.",
+)
+@click.option(
     "--numerics",
     type=click.Choice(["tencent", "diffusers"]),
     default="tencent",
@@ -122,14 +132,16 @@ if TYPE_CHECKING:
 @click.option("--plan", "only_plan", is_flag=True, help="Only predict what this build costs (see `reelforge plan`).")
 @click.option("--verify", is_flag=True, help="Run each stage against its PyTorch reference and store the difference.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout; no progress.")
+@click.pass_context
 def build_engine(
+    context: click.Context,
     checkpoint: Path,
     output: Path,
     target: str,
     precision: str | None,
     high_precision: str | None,
     keep: tuple[str, ...],
-    recipe: Path | None,
+    recipe: ChosenRecipe | None,
     attention: str | None,
     sparse_attention: str | None,
     attention_blocks: str | None,
@@ -148,6 +160,7 @@ def build_engine(
     shapes: str,
     stages: str,
     batch: int,
+    step_cache: str | None,
     numerics: str,
     prompt_template: Path | None,
     cache_dir: Path | None,
@@ -180,6 +193,7 @@ def build_engine(
       build-engine ckpts -o hv-int8.bundle --precision int8 --calibration-prompts prompts.txt
       build-engine demo/checkpoint -o sparse.bundle --sparse-attention lists --attention-blocks 4x4
       build-engine ckpts -o hv-rtx.bundle --target rtx:sm89+sm120 --precision fp8 --attention fp8
+      build-engine ckpts -o hv-4090.bundle --recipe rtx-4090-720p --scales hv.scales
     """  # noqa: D301 - \b is click's mark for text that it does not wrap
     parsed_target = Target.parse(target)
     parsed_shapes = tuple(VideoShape.parse(text) for text in shapes.split(",") if text.strip())
@@ -196,19 +210,22 @@ def build_engine(
             expected="a folder in diffusers' or Tencent's layout",
             fix="download the model first; hub names are not resolved",
         )
-    chosen = chosen_recipe(precision, keep, recipe)
+    became = {} if recipe is None else settled(recipe, build_options, context)
+    if recipe is not None and not as_json:
+        show_recipe(recipe.name, became, Console(stderr=True))
     request = BuildRequest(
         checkpoint=checkpoint,
         output=output,
         target=parsed_target,
-        precision=chosen.precision,
+        precision=parsed_precisions(precision),
         high_precision=precision_of(high_precision),
-        kept=chosen.kept,
-        attention=precision_of(attention),
+        kept=parse_kept(keep),
+        attention=attention_of(attention),
         sparse_attention=sparse_attention_of(sparse_attention, attention_blocks),
         shapes=parsed_shapes,
         stages=tuple(name.strip() for name in stages.split(",") if name.strip()),
         batch=batch,
+        step_cache=step_cache,
         numerics=Numerics(numerics),
         prompt_template=prompt_template,
         verify=verify,
@@ -240,7 +257,9 @@ def build_engine(
     with shown(as_json, lambda entry: finished.update({entry.name: time.monotonic() - started})) as events:
         manifest = build_bundle(request, events)
     if as_json:
-        click.echo(json.dumps(_as_json(manifest, output, time.monotonic() - started, finished)))
+        result = _as_json(manifest, output, time.monotonic() - started, finished)
+        named = {} if recipe is None else {"from_recipe": {"name": recipe.name, "options": became}}
+        click.echo(json.dumps({**result, **named}))
         return
     terminal = Console(stderr=True)
     terminal.print(node_table(manifest))
@@ -271,6 +290,7 @@ def _as_json(manifest: Manifest, output: Path, seconds: float, finished: dict[st
         "seconds": round(seconds, 3),
         "target": str(manifest.target),
         "recipe": to_json(manifest.recipe),
+        "step_cache": manifest.step_cache,
         "quality": to_json(manifest.quality),
         "stages": {
             entry.name: {

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("reelforge.tools.plan:plan", "Predict what a build and its videos cost."),
     "profile": ("reelforge.tools.profile:profile", "Measure where a bundle's time goes, and what would help."),
     "plugins": ("reelforge.tools.plugins_command:plugins", "Show and compile the attention kernels for TensorRT."),
+    "recipes": ("reelforge.tools.recipes:recipes", "List the builds that build-engine knows by name."),
     "sensitivity": ("reelforge.tools.sensitivity:sensitivity", "Find the layers that 8 bits cost most."),
     "sheet": ("reelforge.tools.contact_sheet:sheet", "Generate clips of several prompts on one picture."),
     "synthesize": ("reelforge.tools.synthesize:command", "Write a checkpoint with invented weights."),

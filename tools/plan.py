@@ -11,7 +11,9 @@ from rich.console import Console
 
 from reelforge.runtime.recipe import Target, VideoShape
 from reelforge.tools import console
-from reelforge.tools.quantisation_options import chosen_recipe, precision_of
+from reelforge.tools.quantisation_options import attention_of, parse_kept, parsed_precisions, precision_of
+from reelforge.tools.recipe_file import ChosenRecipe, plan_options
+from reelforge.tools.recipe_option import recipe_option, settled, show_recipe
 
 if TYPE_CHECKING:
     from reelforge.export.build_request import BuildRequest
@@ -25,8 +27,9 @@ _GB = 1e9
 @click.option("--target", default="cpu", show_default=True, help="cpu, cuda, rtx:sm89+sm120, trt:sm90, ...")
 @click.option("--precision", help="As for build-engine, e.g. dit=fp8; the target's usual precision if left out.")
 @click.option("--keep", multiple=True, metavar="STAGE=PATTERN", help="As for build-engine.")
-@click.option("--recipe", type=click.Path(path_type=Path), help="As for build-engine, instead of both.")
-@click.option("--attention", type=click.Choice(["fp8"]), help="Attention of dit in 8 bits.")
+@click.option("--high-precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="As for build-engine.")
+@recipe_option(plan_options)
+@click.option("--attention", type=click.Choice(["fp8", "high"]), help="Attention of dit in 8 bits, or not.")
 @click.option("--shapes", default="", help="HEIGHTxWIDTHxFRAMES separated by commas; the model's default if left out.")
 @click.option("--stages", default="", help="Only these, separated by commas.")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Videos per call of dit.")
@@ -46,12 +49,15 @@ _GB = 1e9
     help="As for build-engine: GB that compiling a plan may take. Half of the machine's by default.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+@click.pass_context
 def plan(
+    context: click.Context,
     checkpoint: Path,
     target: str,
     precision: str | None,
     keep: tuple[str, ...],
-    recipe: Path | None,
+    high_precision: str | None,
+    recipe: ChosenRecipe | None,
     attention: str | None,
     shapes: str,
     stages: str,
@@ -74,6 +80,7 @@ def plan(
     \b
     Examples:
       reelforge plan ckpts --target rtx:sm89 --precision dit=fp8 --attention fp8 --gpu "RTX 4090"
+      reelforge plan ckpts --recipe rtx-4060ti-16g-480p
       reelforge plan ckpts --target trt:sm90 --shapes 720x1280x129,544x960x129 --gpu h100
     """  # noqa: D301 - \b is click's mark for text that it does not wrap
     parsed_target = Target.parse(target)
@@ -83,14 +90,16 @@ def plan(
     from reelforge.export.planner.gpus import find_gpu
     from reelforge.export.planner.plan import PlanOptions
 
-    chosen = chosen_recipe(precision, keep, recipe)
+    if recipe is not None and not as_json:
+        show_recipe(recipe.name, settled(recipe, plan_options, context), Console(stderr=True))
     request = BuildRequest(
         checkpoint=checkpoint,
         output=Path(),
         target=parsed_target,
-        precision=chosen.precision,
-        kept=chosen.kept,
-        attention=precision_of(attention),
+        precision=parsed_precisions(precision),
+        high_precision=precision_of(high_precision),
+        kept=parse_kept(keep),
+        attention=attention_of(attention),
         shapes=parsed_shapes,
         stages=tuple(name.strip() for name in stages.split(",") if name.strip()),
         batch=batch,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from reelforge.runtime.codec import CodecError, from_json
 from reelforge.runtime.errors import RequestError
-from reelforge.runtime.recipe import Precision, QuantisationRecipe, parse_precisions
+from reelforge.runtime.recipe import Precision, parse_precisions
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -73,24 +71,13 @@ def calibration_options(function: F) -> F:
     return function
 
 
-def chosen_recipe(precision: str | None, keep: Iterable[str], recipe: Path | None) -> QuantisationRecipe:
-    """Return the precisions and kept layers that ``--precision`` and ``--keep``, or ``--recipe``, say.
+def parsed_precisions(text: str | None) -> dict[str, Precision]:
+    """Return the precisions that ``--precision`` says, by stage; none if it is not given.
 
     Raises:
-        RequestError: If both are given, or one cannot be read.
+        RequestError: If it cannot be read.
     """
-    kept = tuple(keep)
-    if recipe is None:
-        return QuantisationRecipe({} if precision is None else parse_precisions(precision), parse_kept(kept))
-    if kept or precision is not None:
-        said = ([] if precision is None else [f"--precision {precision}"]) + [f"--keep {text}" for text in kept]
-        raise RequestError(
-            "a recipe file is given together with --precision or --keep.",
-            received=" ".join([f"--recipe {recipe}", *said]),
-            expected="one of them: the file says precisions and kept layers",
-            fix="leave --precision and --keep out",
-        )
-    return read_recipe(recipe)
+    return {} if text is None else parse_precisions(text)
 
 
 def parse_kept(texts: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -113,33 +100,11 @@ def parse_kept(texts: Iterable[str]) -> dict[str, tuple[str, ...]]:
     return kept
 
 
-def read_recipe(path: Path) -> QuantisationRecipe:
-    """Read a recipe file, as ``reelforge sensitivity --recipe`` writes it.
-
-    Raises:
-        RequestError: If it cannot be read or has other fields.
-    """
-    expected = '{"precision": {stage: precision}, "kept": {stage: [layers]}}'
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            content.pop("quality", None)
-        return from_json(QuantisationRecipe, content)
-    except OSError as error:
-        raise RequestError(
-            f"the recipe {str(path)!r} cannot be read: {error.strerror}.",
-            expected="a file written by reelforge sensitivity",
-            fix="check the path",
-        ) from error
-    except (UnicodeDecodeError, json.JSONDecodeError, CodecError) as error:
-        raise RequestError(
-            f"the recipe {str(path)!r} is not a recipe.",
-            received=str(error),
-            expected=expected,
-            fix="write it with reelforge sensitivity --recipe",
-        ) from error
-
-
 def precision_of(word: str | None) -> Precision | None:
     """Return the precision that a choice of words means, or None for none."""
     return None if word is None else Precision(word)
+
+
+def attention_of(word: str | None) -> Precision | None:
+    """Return the arithmetic of attention; None for the high precision, which ``high`` says aloud."""
+    return None if word == "high" else precision_of(word)

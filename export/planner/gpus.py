@@ -21,6 +21,7 @@ _TURING = "NVIDIA Turing GPU Architecture (WP-09183-001), T4 column"
 _AMPERE = "NVIDIA A100 datasheet; A100 Tensor Core GPU Architecture, table 1"
 _GA102 = "NVIDIA Ampere GA102 GPU Architecture V2.1, appendix A"
 _ADA = "NVIDIA Ada GPU Architecture V2.1, appendices A-C"
+_AD106 = f"NVIDIA GeForce RTX 4060 Ti specifications (4352 cores at 2.535 GHz, 288 GB/s); rates per core as in {_ADA}"
 _HOPPER = "NVIDIA H100 datasheet; H100 Tensor Core GPU Architecture, table 2"
 _BLACKWELL = "NVIDIA RTX Blackwell GPU Architecture V1.1, appendix A"
 
@@ -91,6 +92,7 @@ GPUS: tuple[Gpu, ...] = (
     _gpu("A800 80GB", "sm80", 80, 2039, 19.5, 312, _eight(624), f"{_AMPERE} (the A800 differs in NVLink only)"),
     _gpu("A10", "sm86", 24, 600, 31.2, 125, _eight(250), "NVIDIA A10 datasheet", inline_ecc=True),
     _gpu("RTX 3090", "sm86", 24, 936, 35.6, 71, _eight(284), _GA102),
+    _gpu("RTX 4060 Ti 16GB", "sm89", 16, 288, 22.1, 44.1, _eight(176.5, 88.2), _AD106),
     _gpu("RTX 4080", "sm89", 16, 716.8, 48.7, 97.5, _eight(389.9, 194.9), _ADA),
     _gpu("RTX 4090", "sm89", 24, 1008, 82.6, 165.2, _eight(660.6, 330.3), _ADA),
     _gpu("RTX 6000 Ada", "sm89", 48, 960, 91.1, 364.2, _eight(728.5, 728.5), _ADA),

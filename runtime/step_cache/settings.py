@@ -84,11 +84,13 @@ class StepCache:
 
     @classmethod
     def parse(cls, text: str) -> StepCache:
-        """Read ``METHOD:THRESHOLD[,NAME=VALUE...]``; a file of ratios is read at once.
+        """Read ``METHOD:THRESHOLD[,NAME=VALUE...]``, or ``off``; a file of ratios is read at once.
 
         Raises:
             RequestError: If the text has another form, or the file cannot be read.
         """
+        if text.strip() == "off":
+            return OFF
         head, *options = text.split(",")
         word, _, number = head.partition(":")
         method = _word(Method, word.strip(), text)
@@ -135,6 +137,10 @@ class StepCache:
         if self.ratios is not None and (wrong := self.ratios.problem()):
             found.append(Problem(f"ratios: {wrong}", "ratios from reelforge measure-ratios", "measure them again"))
         return found
+
+
+OFF = StepCache(Method.EASYCACHE, 0.0)
+"""Every step is computed, also with a bundle whose default is another."""
 
 
 def _problem(name: str, value: object, expected: str, example: object) -> Problem:

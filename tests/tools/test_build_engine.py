@@ -122,9 +122,9 @@ def test_options_reach_the_bundle(
         (["{c}", "-o", "{o}", "--keep", "dit=*"], 2, ["stages that are not in 8 bits", "received: dit=*"]),
         (["{c}", "-o", "{o}", "--recipe", "{c}/nothing"], 2, ["the recipe", "cannot be read", "fix: check the path"]),
         (
-            ["{c}", "-o", "{o}", "--recipe", "{c}/r", "--keep", "dit=*"],
+            ["{c}", "-o", "{o}", "--recipe", "rtx-4090-720", "--keep", "dit=*"],
             2,
-            ["a recipe file is given together with", "--keep dit=*", "fix: leave --precision and --keep out"],
+            ["the recipe 'rtx-4090-720' cannot be read", "fix: use rtx-4090-720p, or check the path"],
         ),
         (["{c}", "-o", "{o}", "--precision", "int8", "--scales", "{c}/no"], 5, ["the scale file", "cannot be read"]),
         (

@@ -127,12 +127,22 @@ def test_a_precision_that_the_gpu_lacks_is_refused(tiny_checkpoint: Path) -> Non
     assert "A100 80GB (sm80) does not compute in fp8" in str(result.exception)
 
 
-def test_a_recipe_file_stands_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_recipe_says_what_the_command_line_does_not(tiny_checkpoint: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps({"precision": {"*": "fp16"}, "kept": {}}), encoding="utf-8")
     assert planned(tiny_checkpoint, "--recipe", str(recipe), *SHAPES)["precision"]["dit"] == "fp16"
-    result = run(tiny_checkpoint, "--recipe", str(recipe), "--precision", "fp16", *SHAPES)
-    assert "a recipe file is given together with --precision or --keep" in str(result.exception)
+    given = ("--recipe", str(recipe), "--precision", "fp32")
+    assert set(planned(tiny_checkpoint, *given, *SHAPES)["precision"].values()) == {"fp32"}
+    result = run(tiny_checkpoint, *given, *SHAPES)
+    assert "command line, instead of fp16" in result.stderr
+
+
+def test_a_recipe_by_name(tiny_checkpoint: Path) -> None:
+    """Its GPU, target and shapes are planned for; another GPU on the command line has to fit the target."""
+    value = planned(tiny_checkpoint, "--recipe", "rtx-4090-720p")
+    assert (value["target"], value["gpu"]["name"], value["precision"]["dit"]) == ("rtx:sm89", "RTX 4090", "fp8")
+    assert [bucket["shape"] for bucket in value["buckets"]][:2] == ["720x1280x129", "544x960x129"]
+    assert planned(tiny_checkpoint, "--recipe", "rtx-4090-720p", "--gpu", "l40s")["gpu"]["name"] == "L40S"
 
 
 def test_this_machine_has_memory() -> None:
