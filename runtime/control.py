@@ -24,12 +24,24 @@ class Stop:
         self._deadline = None if deadline_s is None else time.monotonic() + deadline_s
         self._event = threading.Event()
         self._reason = ""
+        self._keep = False
 
-    def set(self, reason: str = "it was cancelled") -> None:
-        """Ask for the end; the first reason counts."""
+    def set(self, reason: str = "it was cancelled", keep: bool = False) -> None:
+        """Ask for the end; the first reason counts.
+
+        Args:
+            reason: For the message.
+            keep: Write the latents of a sampling loop that this ends, as those of one that fails, where the final ones
+                would have been saved: somebody wants to go on later.
+        """
         if not self._event.is_set():
-            self._reason = reason
+            self._reason, self._keep = reason, keep
             self._event.set()
+
+    @property
+    def keeps(self) -> bool:
+        """Whether what was computed so far is to be kept."""
+        return self._keep
 
     @property
     def wanted(self) -> bool:

@@ -34,8 +34,8 @@ from reelforge.runtime.latents_file import write_latents
 from reelforge.runtime.preview import ColourMap, Previews
 from reelforge.runtime.prompt_stages import conditioning, encoding, result_of
 from reelforge.runtime.request import Request, ResolvedRequest, resolve_request
-from reelforge.runtime.resume import check_first_step, kept
-from reelforge.runtime.sample import sampling
+from reelforge.runtime.resume import check_first_step, keep_stopped, kept
+from reelforge.runtime.sample import Keep, sampling
 from reelforge.runtime.sampling import SamplingError
 from reelforge.runtime.turns import Turns
 
@@ -183,7 +183,7 @@ class Pipeline:
             latents: Initial noise ``[1, C, T, H, W]`` float32 instead of the seed's.
             save_latents: A ``.npy`` file for the final latents, written before decoding begins. If a step fails, what
                 the steps before it made is written beside it.
-            stop: Ends the work early.
+            stop: Ends the work early; with ``keep``, the latents of the loop are written like those of one that fails.
             previews: Show in the progress what the latents look like (see ``runtime.preview``).
             first_step: Begin the loop there, with ``latents`` as the step before left them (``SamplingError.step``).
 
@@ -349,7 +349,8 @@ class Pipeline:
                 conditions = replace(conditions, negative=result_of(self._conditioning(request, away_from, stop)))
             shown = Previews(self._colours, request.steps, request.shift) if previews else None
             try:
-                final = yield from self._sampling(request, conditions, latents, stop, first_step, shown)
+                keep = None if save_latents is None else partial(keep_stopped, stop, Path(save_latents))
+                final = yield from self._sampling(request, conditions, latents, stop, first_step, shown, keep)
             except SamplingError as error:
                 raise error if save_latents is None else kept(error, Path(save_latents)) from error.__cause__
             if save_latents is not None:
@@ -374,9 +375,10 @@ class Pipeline:
         stop: Stop,
         first_step: int = 0,
         previews: Previews | None = None,
+        keep: Keep | None = None,
     ) -> Generator[Event, None, FloatArray]:
         make_room = self._stages.residency.make_room
-        return sampling(request, conditions, latents, self.engine, stop, make_room, first_step, previews)
+        return sampling(request, conditions, latents, self.engine, stop, make_room, first_step, previews, keep)
 
     def _decoding(self, latents: FloatArray, stop: Stop, saved: str = "") -> Generator[Event, None, None]:
         lend = partial(self.engine, "vae_decoder")

@@ -1,12 +1,14 @@
-"""A sampling loop that failed, and how it goes on: what the steps before made is written down, and begun from again.
+"""A sampling loop that failed or was stopped, and how it goes on: what the steps before made is kept, and begun from.
 
 The module knows neither engines nor why a step failed.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
+from reelforge.runtime.control import Stop
 from reelforge.runtime.errors import OutputError, RequestError
 from reelforge.runtime.events import FloatArray
 from reelforge.runtime.latents_file import write_latents
@@ -35,13 +37,23 @@ def check_first_step(first_step: int, steps: int, latents: FloatArray | None) ->
         )
 
 
+def keep_stopped(stop: Stop, save_latents: Path, step: int, latents: FloatArray) -> None:
+    """Write the latents of a loop that was stopped, if whoever stopped it wants that and any step was done.
+
+    If they cannot be written, they are not there: the caller hears that the loop was stopped in any case.
+    """
+    if stop.keeps and step > 0:
+        with suppress(OutputError):
+            write_latents(_path(save_latents, step), latents)
+
+
 def kept(error: SamplingError, save_latents: Path) -> SamplingError:
     """Write the latents of a failed loop beside where the final ones would have been, and return an error that says so.
 
     The file of ``x.npy`` is ``x.step-7.npy`` if ``first_step=7`` goes on with it. If it cannot be written, the error is
     the one that was there: it carries the latents, too.
     """
-    path = save_latents.with_name(f"{save_latents.stem}.step-{error.step}{save_latents.suffix}")
+    path = _path(save_latents, error.step)
     try:
         write_latents(path, error.latents)
     except OutputError:
@@ -55,3 +67,7 @@ def kept(error: SamplingError, save_latents: Path) -> SamplingError:
         expected=error.expected,
         fix=f"{error.fix}; {go_on}" if error.fix else go_on,
     )
+
+
+def _path(save_latents: Path, step: int) -> Path:
+    return save_latents.with_name(f"{save_latents.stem}.step-{step}{save_latents.suffix}")

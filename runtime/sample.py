@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from reelforge.runtime.control import Stop
 from reelforge.runtime.engines.engine import Engine
-from reelforge.runtime.errors import EngineError, OutOfMemoryError
+from reelforge.runtime.errors import CancelledError, EngineError, OutOfMemoryError
 from reelforge.runtime.events import Event, FloatArray, Progress
 from reelforge.runtime.request_loop import requested_loop
 from reelforge.runtime.sampling import SamplingError, take_step
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from reelforge.runtime.stage_inputs import Conditions
 
 Lend = Callable[[str], AbstractContextManager[Engine]]
+Keep = Callable[[int, FloatArray], None]
 
 
 def sampling(
@@ -34,6 +35,7 @@ def sampling(
     make_room: Callable[[], bool],
     first_step: int = 0,
     previews: Previews | None = None,
+    keep: Keep | None = None,
 ) -> Generator[Event, None, FloatArray]:
     """Step through the loop, and return the final latents ``[1, C, T, H, W]``.
 
@@ -49,6 +51,7 @@ def sampling(
         make_room: Frees memory that others hold, and returns whether there was any.
         first_step: Where to begin.
         previews: Shows the latents, if that is wanted.
+        keep: Given the next step and the latents before it when ``stop`` ends the loop.
 
     Raises:
         SamplingError: If a step fails, with the latents before it.
@@ -57,7 +60,7 @@ def sampling(
     """
     while True:
         try:
-            return (yield from _steps(request, conditions, latents, lend, stop, first_step, previews))
+            return (yield from _steps(request, conditions, latents, lend, stop, first_step, previews, keep))
         except EngineError as error:
             reason = error.__cause__ if isinstance(error, SamplingError) else error
             again = isinstance(reason, OutOfMemoryError) and request.step_cache is None
@@ -75,13 +78,19 @@ def _steps(
     stop: Stop,
     first_step: int,
     previews: Previews | None,
+    keep: Keep | None,
 ) -> Generator[Event, None, FloatArray]:
     """Take the steps; the latents come back after each, so that a failure cannot lose them."""
     total = request.steps
     with requested_loop(request, conditions, latents, lend) as loop:
         started = time.monotonic()
         for step in range(first_step, total):
-            stop.check(f"step {step + 1} of {total}")
+            try:
+                stop.check(f"step {step + 1} of {total}")
+            except CancelledError:
+                if keep is not None:
+                    keep(step, latents)
+                raise
             before, latents = latents, take_step(loop, step, total, latents)
             pace_s = (time.monotonic() - started) / (step + 1 - first_step)
             shown = None if previews is None else previews.after(step, before, latents)

@@ -11,8 +11,9 @@ import pytest
 
 from reelforge.runtime import Frames, Pipeline, Progress, Request
 from reelforge.runtime.bundle.open import Bundle
+from reelforge.runtime.control import Stop
 from reelforge.runtime.engines.engine import Array, Engine, EngineOptions
-from reelforge.runtime.errors import EngineError, RequestError
+from reelforge.runtime.errors import CancelledError, EngineError, RequestError
 from reelforge.runtime.sampling import SamplingError
 
 REQUEST = Request("a ball", height=32, width=48, frames=5, steps=6, seed=3)
@@ -64,7 +65,7 @@ def test_a_run_goes_on_where_it_failed(
     with pytest.raises(SamplingError, match=rf"step {step + 1} of 6 of stage 'dit'") as caught:
         failing.generate(REQUEST, save_latents=tmp_path / "x.npy")
     path = tmp_path / f"x.step-{step}.npy"
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    assert list(tmp_path.glob("*.npy")) == [path]
     assert f"are kept in '{path}': go on with latents= of it and first_step={step}" in str(caught.value)
     assert with_nan or "fix: water; the steps" in str(caught.value)
     assert caught.value.step == step
@@ -98,3 +99,36 @@ def test_steps_that_are_none(failing: FailingPipeline, first_step: int) -> None:
 def test_a_later_step_needs_latents(failing: FailingPipeline) -> None:
     with pytest.raises(RequestError, match="step 3 cannot begin without the latents"):
         failing.stream(REQUEST, first_step=2)
+
+
+def stopped(pipeline: Pipeline, save_latents: Path, phase: str, done: int, keep: bool) -> None:
+    """Generate, and stop when so much of a phase is done."""
+    stop = Stop()
+    for event in pipeline.stream(REQUEST, save_latents=save_latents, stop=stop):
+        if isinstance(event, Progress) and (event.phase, event.step) == (phase, done):
+            stop.set("the machine is wanted elsewhere", keep)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_run_that_is_stopped_keeps_its_latents_where_that_is_wanted(
+    fake_bundle: Path, tmp_path: Path, keep: bool
+) -> None:
+    with Pipeline.open(fake_bundle, threads=1) as pipeline:
+        expected = pipeline.generate(REQUEST)
+        with pytest.raises(CancelledError, match=r"before step 5 of 6: the machine is wanted elsewhere"):
+            stopped(pipeline, tmp_path / "x.npy", "sampling", 4, keep)
+        path = tmp_path / "x.step-4.npy"
+        assert list(tmp_path.glob("*.npy")) == ([path] if keep else [])
+        if keep:
+            events = pipeline.stream(REQUEST, latents=np.load(path), first_step=4)
+            frames = [event.pixels for event in events if isinstance(event, Frames)]
+            np.testing.assert_array_equal(np.concatenate(frames), expected)
+
+
+@pytest.mark.parametrize(("phase", "done", "folder"), [("conditioning", 2, "."), ("sampling", 3, "nowhere")])
+def test_what_is_stopped_before_a_step_or_cannot_be_kept_says_only_that(
+    fake_bundle: Path, tmp_path: Path, phase: str, done: int, folder: str
+) -> None:
+    with Pipeline.open(fake_bundle, threads=1) as pipeline, pytest.raises(CancelledError):
+        stopped(pipeline, tmp_path / folder / "x.npy", phase, done, keep=True)
+    assert not list(tmp_path.glob("*.npy"))
