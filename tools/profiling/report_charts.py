@@ -23,13 +23,14 @@ def text(value: object) -> str:
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar of a lane or a track: from ``start`` to ``end``, in the chart's unit."""
+    """A bar of a lane or a track: from ``start`` to ``end``, in the chart's unit; ``marked``: seen even if short."""
 
     start: float
     end: float
     colour: str
     label: str
     title: str
+    marked: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,11 @@ def lanes(rows: Sequence[tuple[str, Sequence[Bar]]], axis: Axis) -> str:
         for bar in bars:
             left, width = axis.place(bar.start), axis.place(bar.end) - axis.place(bar.start)
             fits = width > 0.012 * len(bar.label) + 0.01
+            kind = "mark" if bar.marked else "" if fits else "thin"
+            label = text(bar.label) if not kind else ""
             parts.append(
-                f'<i class="{"" if fits else "thin"}" title="{text(bar.title)}" style="left:{left:.3%};'
-                f'width:{width:.3%};background:{colour(bar.colour)}">{text(bar.label) if fits else ""}</i>'
+                f'<i class="{kind}" title="{text(bar.title)}" style="left:{left:.3%};'
+                f'width:{width:.3%};background:{colour(bar.colour)}">{label}</i>'
             )
         parts.append("</div>")
     ticks = nice_ticks(axis.low, axis.high, 4)

@@ -115,7 +115,8 @@ def _noise(profile: Profile) -> str:
 def _method(profile: Profile) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in profile.machine.versions.items())
     facts = [
-        f"Warm: {profile.warmup} runs that do not count, then {profile.repeats}; medians.",
+        f"Warm: {profile.warmup} run{' that does' if profile.warmup == 1 else 's that do'} not count, then "
+        f"{profile.repeats}; medians.",
         "Cold: a new process, after asking the system to drop the bundle from its page cache.",
         f"Versions: {versions}.",
         f"Bundle {profile.work.content_digest}.",

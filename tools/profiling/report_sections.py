@@ -39,6 +39,7 @@ _KIND_WORDS = {
     "convolution": "convolutions",
 }
 _MIB = 2**20
+_LEAST_SHARE = 0.005  # below this a percentage would be rounded to nothing
 
 
 def parts(profile: Profile) -> str:
@@ -85,7 +86,8 @@ def stages(profile: Profile) -> str:
     rows = []
     for stage in summary.stages:
         calls = f"{stage.calls} call{'s' if stage.calls > 1 else ''}"
-        value = f"{milliseconds(stage.run.median_ms)} · {stage.share:.0%}"
+        share = f"{stage.share:.0%}" if stage.share >= _LEAST_SHARE else "<1%"
+        value = f"{milliseconds(stage.run.median_ms)} · {share}"
         title = f"{stage.stage}: {calls} of {milliseconds(stage.call.median_ms)}"
         rows.append((stage.stage, [Bar(0.0, stage.run.median_ms, stage.stage, "", title)], value))
     loads = []
@@ -208,7 +210,8 @@ def roofline(profile: Profile) -> str:
     dots = [_roof_dot(place) for place in reversed(points)]
     how = "measured just before" if peak.measured else "by its documents"
     caption = f"Roof: {peak.name}, {how}; {number(peak.bandwidth / 1e9)} GB/s. A dot is a layer; dashed: not used."
-    keys = legend([(_KIND_WORDS.get(kind, kind), kind) for kind in ("gemm", "attention", "convolution")])
+    drawn = {place.layer.kind for place in points}
+    keys = legend([(_KIND_WORDS.get(kind, kind), kind) for kind in _KINDS if kind in drawn])
     about = (
         "Below the slope a layer waits for memory, below the flat roof for arithmetic. Far below both it is too small."
     )

@@ -70,6 +70,7 @@ def _lane(record: RunRecord, kinds: tuple[Kind, ...]) -> list[Bar]:
             "skipped" if span.kind is Kind.SKIPPED_STEP else span.stage or "host",
             span.name,
             f"{span.name}: {milliseconds(span.duration_ms)}",
+            marked=span.kind is Kind.SKIPPED_STEP,
         )
         for span in sorted(record.spans, key=lambda span: span.start_ms)
         if span.kind in kinds

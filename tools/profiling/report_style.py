@@ -92,7 +92,7 @@ section{background:var(--card);border:1px solid var(--line);border-radius:10px;p
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{text-align:right;padding:.28rem .5rem;border-bottom:1px solid var(--line);white-space:nowrap}
 th{font-weight:600;color:var(--muted);font-size:.86rem}
-th:first-child,td:first-child{text-align:left;padding-left:0}
+th:first-child,td:first-child{text-align:left;padding-left:0;white-space:normal}
 tr.sum td{font-weight:600;border-top:2px solid var(--line)}
 .bars{display:grid;grid-template-columns:minmax(5.5rem,max-content) 1fr max-content;gap:.3rem .7rem;align-items:center}
 .bars .name{overflow-wrap:anywhere}
@@ -102,9 +102,10 @@ tr.sum td{font-weight:600;border-top:2px solid var(--line)}
 .lanes{display:grid;grid-template-columns:max-content 1fr;gap:.3rem .7rem;align-items:center}
 .lane{position:relative;height:1.6rem;background:var(--page);border-radius:3px;overflow:hidden}
 .lane i{position:absolute;top:0;bottom:0;min-width:1px;border-radius:2px;overflow:hidden;font-style:normal;
-font-size:.76rem;line-height:1.6rem;padding:0 .3rem;color:var(--on-colour);white-space:nowrap;
+text-overflow:ellipsis;font-size:.76rem;line-height:1.6rem;padding:0 .3rem;color:var(--on-colour);white-space:nowrap;
 box-shadow:inset -1px 0 var(--card)}
 .lane i.thin{padding:0}
+.lane i.mark{padding:0;min-width:4px;z-index:1;box-shadow:0 0 0 1px var(--card)}
 .axis{position:relative;height:1.3rem;font-size:.8rem;color:var(--muted)}
 .axis span{position:absolute;transform:translateX(-50%);white-space:nowrap}
 .axis .start{transform:none}.axis .end{transform:translateX(-100%)}

@@ -39,9 +39,10 @@ def noise_notes(
             if layers.plain_ms.get(stage, 0.0) > _WORTH_SAYING * max(layers.plain_ms.values())
         ]
         if slower:
+            ends = dict.fromkeys(f"{value:.2f}" for value in (min(slower), max(slower)))
             notes.append(
-                f"Layers were timed in runs of their own; their sum is {min(slower):.2f} to {max(slower):.2f} times "
-                "a plain call, in the stages that matter. Shares are of these sums."
+                f"Layers were timed in runs of their own; their sum is {' to '.join(ends)} times a plain call, in the "
+                "stages that matter. Shares are of these sums."
             )
         if layers.unnamed_share > 0.001:
             notes.append(f"{layers.unnamed_share:.1%} of the layers' time was given to a layer by position alone.")

@@ -89,7 +89,7 @@ def test_notes_about_noise() -> None:
     assert "steady" in text
     assert "0.05 of 2 cores" in text
     assert "the machine was quiet" in text
-    assert "1.10 to 1.10 times" in text
+    assert "their sum is 1.10 times" in text
     assert "1.0% of the layers' time" in text
     assert "No warm run" in noise_notes(made.machine, [], None, None)[0]
     single = summarise([run()])
