@@ -49,6 +49,24 @@ def test_a_process_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     assert result.failure == "ended with status -9"
 
 
+@pytest.mark.slow
+def test_ours_and_diffusers_compute_the_same_step(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers_processes, "SAMPLE_S", 0.0)
+    monkeypatch.setattr(peers_processes, "PAUSE_S", 0.0)
+    case = peers_cpu.Case(tiny_checkpoint, tiny_bundle, tiny_bundle, tmp_path)
+    assert "text tokens" in peers_cpu.write_inputs(case)
+    chosen = [one for one in peers_cpu.contenders(case, None) if one.name in (peers_cpu.BASE, "diffusers fp32")]
+    results = take_turns(chosen, 1, 500.0)
+    assert not [one.failure for one in results if one.failure]
+    row = next(line for line in peers_cpu.table(results) if "diffusers" in line)
+    cells = [cell.strip() for cell in row.split("|")]
+    assert float(cells[4]) < 2e-3
+    assert float(cells[5]) > 0.9999
+    assert float(cells[7]) > 0.1  # torch alone takes more
+
+
 def test_openvino_is_compared_where_there_is_an_interpreter(tmp_path: Path) -> None:
     case = peers_cpu.Case(tmp_path, tmp_path / "fp32", tmp_path / "int8", tmp_path)
     names = [one.name for one in peers_cpu.contenders(case, "other/python")]
@@ -107,6 +125,20 @@ def test_an_export_is_described_as_it_went() -> None:
     assert "Neither" in peers_cpu.export_words({**fine, "refused": "no", "refused_again": "still no"})
 
 
+@pytest.mark.slow
+def test_an_export_ends_or_says_what_it_ran_out_of(tmp_path: Path) -> None:
+    done = peers_export.export(1, 1, tmp_path / "a", 18 * 10**9, 200.0, 2, 32)
+    assert done.failure == ""
+    assert done.seconds is not None
+    assert done.weight_bytes > 1e6
+    assert done.peak_bytes > 1e8
+    starved = peers_export.export(1, 1, tmp_path / "b", 300 * 10**6, 200.0, 24, 128)
+    assert starved.failure == "out of memory before the module was made"
+    late = peers_export.export(1, 1, tmp_path / "c", 18 * 10**9, 0.2, 2, 32)
+    assert late.failure == "out of time before the module was made"
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_series_ends_with_the_first_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fake(double: int, single: int, *_rest: object) -> Export:
         failed = double > 2
@@ -119,11 +151,16 @@ def test_the_series_ends_with_the_first_that_fails(tmp_path: Path, monkeypatch: 
 def test_a_fit_is_marked_and_needs_three_points() -> None:
     exports = [Export(n, n, n * 10**9, 10.0 + 5 * n, 10**9 * (1 + 3 * n)) for n in (1, 2, 4)]
     assert peers_export.fit(exports) == pytest.approx((3.0, 1e9, 5e-9, 10.0))
-    failed = Export(8, 8, 8 * 10**9, None, 18 * 10**9, "out of memory: MemoryError")
-    usage = Usage(100.0, 520_000_000, 130_000_000, "")
-    text = "\n".join(peers_export.lines(usage, 25.6e9, [*exports, failed], 18 * 10**9, 240.0))
-    assert "| `torch.onnx.export`, 8+8 | 8.0 | - | 18.00 | out of memory: MemoryError |" in text
+    failed = Export(8, 8, 8 * 10**9, None, 18 * 10**9, "out of memory during the export")
+    text = "\n".join(peers_export.lines([*exports, failed], 18 * 10**9, 240.0))
+    assert "| 8+8 | 8.0 | - | 18.00 | out of memory during the export |" in text
     assert "**A linear fit, not a measurement,** through the 3 exports" in text
     assert "78 GB and 138 s" in text
     assert peers_export.fit([*exports[:2], failed]) is None
-    assert "linear fit" not in "\n".join(peers_export.lines(usage, 25.6e9, [failed], 10**9, 1.0))
+    assert "linear fit" not in "\n".join(peers_export.lines([failed], 10**9, 1.0))
+
+
+def test_ours_says_what_was_timed() -> None:
+    text = "\n".join(peers_export.our_lines(Usage(100.0, 520_000_000, 130_000_000, ""), 25.6e9))
+    assert "reading, hashing and checking 25.6 GB" in " ".join(text.split())
+    assert "| 25.6 | 100 | 0.52 |" in text
