@@ -50,7 +50,8 @@ def create_application(
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncGenerator[None, None]:
-        service.start()
+        if service.phase is Phase.NEW:  # whoever wants its errors without a framework around them has started it
+            service.start()
         try:
             yield
         finally:

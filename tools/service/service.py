@@ -116,6 +116,8 @@ class Service:
                 self._phase = Phase.DRAINING
         finished = self._dispatcher.drain(self.settings.drain_s)
         self._dispatcher.wait_until_idle(_UNIT_OF_WORK_S)
+        self.stopping.set()
+        self.feeds.wake_all()  # streams of jobs that go on another time end here
         return finished
 
     def close(self, at_once: bool = False) -> None:

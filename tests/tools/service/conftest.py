@@ -16,6 +16,7 @@ from reelforge.tools.service.backend import Backend
 from reelforge.tools.service.settings import Settings
 from tests.runtime.fake_bundle import write_fake_bundle
 from tests.tools.service.fake_backend import FakeBackend
+from tests.tools.service.process import ServiceProcess
 from tests.tools.service.waiting import wait_until
 
 Serve = Callable[..., TestClient]
@@ -64,3 +65,11 @@ def no_threads_left() -> Iterator[None]:
         if thread.name.startswith("reelforge"):
             thread.join(10)
             assert not thread.is_alive(), f"{thread.name} goes on"
+
+
+@pytest.fixture
+def process(fake_bundle: Path, tmp_path: Path) -> Iterator[ServiceProcess]:
+    """A real service, not started."""
+    process = ServiceProcess(fake_bundle, tmp_path / "data")
+    yield process
+    process.stop()
