@@ -70,9 +70,11 @@ class BuildSource:
 
     def fingerprint(self) -> str:
         """Return the checkpoint's identity for scale files; reads the first bytes of every weight."""
+        views = {stage.name for stage in self.stages if stage.weights_of}
         return fingerprint(
             StoredTensor(stage, name, weight.dtype, tuple(weight.shape), _head(weight))
             for stage, weights in self.resolved.items()
+            if stage not in views
             for name, weight in weights.items()
         )
 
@@ -85,18 +87,24 @@ class BuildSource:
         """
         request, target = self.request, self.request.target
         own = stage_bases(target, request.precision)
-        known = {stage: base for stage, base in own.items() if stage in self.family.stage_names}
+        names = [stage.name for stage in self.stages if not stage.weights_of]
+        known = {stage: base for stage, base in own.items() if stage in names}
         precision = resolve_precisions(
             {**known, **request.precision},
-            self.family.stage_names,
+            names,
             self.family.quantised_by_default,
             default_base(target),
         )
+        high = request.high_precision or default_base(target, beside_8_bit=True)
+        for stage in self.stages:
+            if stage.weights_of:  # what of it is in 8 bits, the other stage says
+                whole = precision[stage.weights_of]
+                precision[stage.name] = high if whole.quantised else whole
         recipe = Recipe(
             {stage.name: precision[stage.name] for stage in self.chosen_stages()},
             request.shapes,
             request.batch,
-            request.high_precision or default_base(target, beside_8_bit=True),
+            high,
             {stage: tuple(sorted(patterns)) for stage, patterns in sorted(request.kept.items())},
             request.attention,
             request.sparse_attention,

@@ -82,7 +82,7 @@ def add_plans(
     for entry in entries:
         stage, base = stages[entry.name], recipe.base(entry.name)
         weights = {weight.name: weight for weight in entry.weights}
-        plan = quantisation.get(entry.name, StagePlan())
+        plan = quantisation.get(stage.origin, StagePlan())
         parts = maker.parts(stage, weights, base)
 
         def graph_of(

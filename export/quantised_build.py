@@ -180,7 +180,8 @@ class QuantisedBuild:
         precision = work.recipe.precision
         entries: dict[str, StageEntry] = {}
         for stage in chosen:
-            same = self.compiler.target == CPU and stage.name not in plans and precision[stage.name] is Precision.FP32
+            same = self.compiler.target == CPU and precision[stage.name] is Precision.FP32
+            same = same and stage.origin not in plans
             if reference is not None and same:
                 entries[stage.name] = link_stage(reference.stage(stage.name), reference.path, writer)
                 self.events.stage(entries[stage.name])

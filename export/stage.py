@@ -108,6 +108,8 @@ class Stage:
             stage both reads and writes.
         earlier: Collected value -> inputs that hold the rows of the repeats before this stage's own, in order: where a
             cut goes through what collects an output.
+        weights_of: The stage of which this one is another view: its parameters are some of that stage's, under the same
+            names, and lie in the same files. Empty for a stage with weights of its own.
     """
 
     name: str
@@ -119,6 +121,12 @@ class Stage:
     tolerance: dict[str, float]
     aliases: dict[str, str] = field(default_factory=dict)
     earlier: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    weights_of: str = ""
+
+    @property
+    def origin(self) -> str:
+        """The stage whose weights, precision and 8-bit layers these are: of a part, or of another view, the whole's."""
+        return self.weights_of or self.name.partition(".")[0]
 
     def value_of(self, name: str) -> str:
         """Return the value behind the name of an input or output."""

@@ -88,16 +88,23 @@ class StageCompiler:
 
             return placer.place(stage, self.resolved[stage.name], plans.get(stage.name), progress)
 
+        owners = {stage.name for stage in stages}
         # Stages with the most to convert come first, so that their files reach the disk while others are still read.
         by_conversion = sorted(stages, key=lambda stage: -converted_bytes(self.resolved[stage.name]))
         with _frequent_switches(), ThreadPoolExecutor(2) as pool:
             try:
-                placed = {stage.name: pool.submit(place, stage) for stage in by_conversion}
+                placed = {
+                    stage.name: pool.submit(place, stage) for stage in by_conversion if stage.weights_of not in owners
+                }
                 for stage in stages:
                     self._trace(stage, recipe.base(stage.name))
                 entries = []
                 for stage in stages:
-                    entries.append(self._finish(stage, recipe, plans, placed[stage.name].result(), writer))
+                    shared = stage.weights_of in owners
+                    weights = placed[stage.weights_of if shared else stage.name].result()
+                    weights = _own(stage, weights) if shared else weights
+                    plan = plans.get(stage.origin if shared else stage.name, StagePlan())
+                    entries.append(self._finish(stage, recipe, plan, weights, writer))
                     self.events.stage(entries[-1])
             except BaseException:
                 failed.set()
@@ -128,8 +135,7 @@ class StageCompiler:
         plan = plan or StagePlan()
         layers = {layer: _quantised(layer, plan, weights) for layer in plan.layers if f"{layer}.weight" in own}
         attentions = {name: scales for name, scales in plan.attentions.items() if name.startswith(prefixes)}
-        whole = stage.name.partition(".")[0]  # the stage that this is a part of
-        names = tuple(name for name in self.attentions.get(whole, ()) if name.startswith(prefixes))
+        names = tuple(name for name in self.attentions.get(stage.origin, ()) if name.startswith(prefixes))
         # The inputs of a later part are called otherwise; the whole stage's graph has shown what they are.
         return lower(model, self.target, EightBit(layers, attentions), PluginAttentions(names, set(stage.aliases)))
 
@@ -147,12 +153,11 @@ class StageCompiler:
         self,
         stage: Stage,
         recipe: Recipe,
-        plans: Mapping[str, StagePlan],
+        plan: StagePlan,
         weights: dict[str, WeightEntry],
         writer: BundleWriter,
     ) -> StageEntry:
         precision = recipe.precision[stage.name]
-        plan = plans.get(stage.name, StagePlan())
         model = self.graph(stage, recipe.base(stage.name), plan, weights)
         data = graph_bytes(model)
         name = f"{stage.name}.onnx"
@@ -169,6 +174,12 @@ class StageCompiler:
             parity=None,
             nodes=count_nodes(model),
         )
+
+
+def _own(stage: Stage, weights: Mapping[str, WeightEntry]) -> dict[str, WeightEntry]:
+    """Return those of another stage's weights that ``stage`` shares, with the scales of codes."""
+    own = set(stage.parameter_shapes())
+    return {name: entry for name, entry in weights.items() if name.removesuffix(".scale") in own}
 
 
 def link_stage(entry: StageEntry, folder: Path, writer: BundleWriter) -> StageEntry:

@@ -165,6 +165,7 @@ def _inputs(spec: ModelSpec, recipe: Recipe) -> dict[str, np.ndarray]:
         "latent_tile": normal(1, spec.vae.latent_channels, _LATENT_FRAMES, _LATENT_SIZE, _LATENT_SIZE + 2),
         **{name: normal(*latents) for name in _LATENT_LIKE},
         **{name: np.array(weight, np.float32) for name, weight in _WEIGHTS.items()},
+        "previous_modulation": 0.3 * normal(videos, dit.double_blocks, 2, 6, dit.width),
         **chosen,
     }
 

@@ -48,12 +48,15 @@ def resolve_stages(
     Raises:
         CheckpointError: Listing what differs.
     """
-    shapes = {stage.name: stage.parameter_shapes() for stage in stages}
+    shapes = {stage.name: stage.parameter_shapes() for stage in stages if not stage.weights_of}
     explained = key_map.explained(spec)
     resolved: dict[str, dict[str, Resolved]] = {name: {} for name, wanted in shapes.items() if not wanted}
     for component, tables in key_map.sources(spec).items():
         wanted = {name: shapes[name] for name in tables}
         resolved.update(match_component(checkpoint.component(component), tables, wanted, explained.get(component, ())))
+    for stage in stages:
+        if stage.weights_of:
+            resolved[stage.name] = {name: resolved[stage.weights_of][name] for name in stage.parameter_shapes()}
     return resolved
 
 

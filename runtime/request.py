@@ -16,6 +16,7 @@ from reelforge.runtime.errors import RequestError
 from reelforge.runtime.manifest import Manifest, ProfileEntry
 from reelforge.runtime.noise import MAX_SEED
 from reelforge.runtime.recipe import VideoShape
+from reelforge.runtime.step_cache.rescaling import published
 from reelforge.runtime.step_cache.settings import OFF, StepCache
 from reelforge.runtime.tokenize import clean_prompt
 
@@ -152,7 +153,7 @@ def resolve_request(request: Request, manifest: Manifest, bundle_name: str) -> R
         attention,
         cfg_scale,
         negative,
-        step_cache,
+        None if step_cache is None else _completed(step_cache, manifest),
     )
 
 
@@ -182,6 +183,10 @@ def _step_cache_problems(cache: object, manifest: Manifest) -> list[_Problem]:
         example = "StepCache.parse('easycache:0.025')"
         return [_Problem(f"step_cache={_shown(cache)}", "step_cache a StepCache", f"use {example}, or leave it out")]
     problems = [_Problem(f"step_cache {one.received}", one.expected, one.fix) for one in cache.problems()]
+    if not problems and _completed(cache, manifest).lacks_coefficients():
+        fix = "write coefficients=FILE with a file from reelforge measure-coefficients"
+        expected = "teacache with the coefficients of the checkpoint: none are published for a model of this size"
+        problems.append(_Problem("step_cache teacache without coefficients", expected, fix))
     missing = [] if problems else [stage for stage in cache.method.stages if manifest.stage(stage) is None]
     if missing:
         expected = f"no step_cache: the bundle has no stage {' and no '.join(map(repr, missing))}"
@@ -189,6 +194,11 @@ def _step_cache_problems(cache: object, manifest: Manifest) -> list[_Problem]:
             _Problem(f"step_cache={cache.method.value}", expected, "leave it out, or rebuild with build-engine")
         )
     return problems
+
+
+def _completed(cache: StepCache, manifest: Manifest) -> StepCache:
+    """Return a step cache with what is published of the model where nothing was measured."""
+    return replace(cache, coefficients=published(manifest.spec)) if cache.lacks_coefficients() else cache
 
 
 def _cfg(request: Request, manifest: Manifest) -> tuple[str | None, list[_Problem]]:

@@ -53,5 +53,5 @@ def requested_loop(
             step = GuidedEvaluation(dit, guidance, conditions, conditions.negative, request.cfg_scale)
         if request.step_cache is not None:
             sigmas = flow_match_sigmas(request.steps, request.shift)
-            step = cached_step(step, request.step_cache, engine, sigmas)
+            step = cached_step(step, request.step_cache, engine, sigmas, conditions.per_step["double_modulation"])
         yield stack.enter_context(closing(RegisterLoop(registers_for(dit), step, latents)))

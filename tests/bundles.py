@@ -31,9 +31,9 @@ from reelforge.runtime.recipe import EVERY_STAGE, Backend, Precision, Target
 
 CPU = Target(Backend.CPU)
 STAGES = ("llm", "clip", "refiner", "modulation", "dit", "vae_decoder")
-"""Those with weights."""
+"""Those with weights of their own."""
 
-ALL_STAGES = (*STAGES[:-1], "guidance", "step_change", "step_reuse", "vae_decoder")
+ALL_STAGES = (*STAGES[:-1], "guidance", "step_change", "step_reuse", "input_change", "vae_decoder")
 
 
 def session_folder(factory: pytest.TempPathFactory) -> Path:

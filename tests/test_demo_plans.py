@@ -31,7 +31,10 @@ from reelforge.tools.verify import verify
 from tests.bundles import TraceMemory, locked, session_folder
 
 CHECKPOINT = Path("demo/checkpoint").absolute()
-STAGES = ("llm", "clip", "refiner", "modulation", "dit", "guidance", "step_change", "step_reuse", "vae_decoder")
+STAGES = (
+    "llm", "clip", "refiner", "modulation", "dit", "guidance", "step_change", "step_reuse", "input_change",
+    "vae_decoder",
+)  # fmt: skip
 BLOCK_GEMMS, ATTENTIONS = 2 * 12 + 4 * 6, 6
 """Of ``dit``: two double blocks of two streams with six layers, four single blocks of six; one attention each."""
 

@@ -58,9 +58,14 @@ class Model:
     tilings: Mapping[str, VaeTiling] = field(default_factory=dict)
 
     @cached_property
+    def counted(self) -> Sequence[Stage]:
+        """The stages with weights of their own, or none; other views of a stage add next to nothing to it."""
+        return [stage for stage in self.stages if not stage.weights_of]
+
+    @cached_property
     def parameters(self) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
         """Stage -> parameter -> shape; modules are built for it, without storage."""
-        return {stage.name: stage.parameter_shapes() for stage in self.stages}
+        return {stage.name: stage.parameter_shapes() for stage in self.counted}
 
     def layers(self, stage: str, recipe: Recipe) -> StageLayers:
         """Return the layers of a stage in the precisions of a recipe."""
@@ -203,8 +208,8 @@ def make_plan(model: Model, target: Target, recipe: Recipe, options: PlanOptions
         RequestError: If the GPU does not compute in a precision of the recipe.
     """
     options = options or PlanOptions()
-    layers = {stage.name: model.layers(stage.name, recipe) for stage in model.stages}
-    builds = tuple(_build(model, layers[stage.name], target, recipe, options) for stage in model.stages)
+    layers = {stage.name: model.layers(stage.name, recipe) for stage in model.counted}
+    builds = tuple(_build(model, layers[stage.name], target, recipe, options) for stage in model.counted)
     kernels = options.kernels or default_kernels(target.backend)
     planner = _Planner(model, recipe, replace(options, kernels=kernels), layers, builds, target.backend.has_plans)
     buckets = tuple(planner.bucket(shape) for shape in with_images(_shapes(model, recipe)))
@@ -279,7 +284,7 @@ class _Planner:
             largest = self.model.family.work(
                 self.model.spec, replace(workload, steps=max(MAX_STEPS, workload.steps), prompts=PROFILE_PROMPTS)
             )
-        stages = tuple(self._stage(stage, works[stage.name], largest[stage.name]) for stage in self.model.stages)
+        stages = tuple(self._stage(stage, works[stage.name], largest[stage.name]) for stage in self.model.counted)
         return Bucket(shape, workload.steps, stages, tuple(self._memory(stages)))
 
     def _stage(self, stage: Stage, work: StageWork, largest: StageWork) -> StageCost:

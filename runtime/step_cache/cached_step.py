@@ -13,8 +13,16 @@ from numpy.typing import NDArray
 
 from reelforge.runtime.engines.engine import Array, Engine
 from reelforge.runtime.registers import Registers
-from reelforge.runtime.step_cache.criteria import Criterion, EasyCache, MagCache
-from reelforge.runtime.step_cache.settings import CHANGE_STAGE, LEAST_WARMUP, REUSE_STAGE, Method, Reuse, StepCache
+from reelforge.runtime.step_cache.criteria import Criterion, EasyCache, MagCache, TeaCache
+from reelforge.runtime.step_cache.settings import (
+    CHANGE_STAGE,
+    INPUT_STAGE,
+    LEAST_WARMUP,
+    REUSE_STAGE,
+    Method,
+    Reuse,
+    StepCache,
+)
 from reelforge.runtime.step_program import StepFunction
 
 _REUSE_INPUTS = ("latents", "computed_latents", "velocity", "earlier_velocity", "residual_weight", "trend_weight")
@@ -87,7 +95,11 @@ class CachedStep:
 
 
 def cached_step(
-    evaluate: StepFunction, cache: StepCache, engine_of: Callable[[str], Engine], sigmas: NDArray[np.float32]
+    evaluate: StepFunction,
+    cache: StepCache,
+    engine_of: Callable[[str], Engine],
+    sigmas: NDArray[np.float32],
+    modulation: Array,
 ) -> CachedStep:
     """Wrap a step function as a request asks for.
 
@@ -96,11 +108,16 @@ def cached_step(
         cache: What was asked for; it has no problems.
         engine_of: Returns the engine of a stage, for as long as the step function is used.
         sigmas: ``[n + 1]``, from :func:`reelforge.runtime.schedule.flow_match_sigmas`.
+        modulation: ``[n, ...]``, what ``dit`` is told as ``double_modulation``; with guidance, about the prompt.
     """
     steps = len(sigmas) - 1
     criterion: Criterion
     if cache.method is Method.EASYCACHE:
         criterion = EasyCache(engine_of(CHANGE_STAGE), cache.threshold, cache.longest_run())
+    elif cache.method is Method.TEACACHE:
+        assert cache.coefficients is not None
+        change = engine_of(INPUT_STAGE)
+        criterion = TeaCache(change, modulation, cache.coefficients, cache.threshold, cache.longest_run())
     else:
         assert cache.ratios is not None
         criterion = MagCache(cache.ratios.at(sigmas[:-1]).tolist(), cache.threshold, cache.longest_run())

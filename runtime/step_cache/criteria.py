@@ -1,4 +1,4 @@
-"""What decides that a step is skipped: EasyCache and MagCache.
+"""What decides that a step is skipped: EasyCache, MagCache and TeaCache.
 
 A criterion is asked about the steps between warm-up and the last one, in order, and told when one was computed. What it
 has to know of tensors is computed by an engine; the host reads one number.
@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from reelforge.runtime.engines.engine import Engine
+from reelforge.runtime.engines.engine import Array, Engine
 from reelforge.runtime.registers import Registers
+from reelforge.runtime.step_cache.rescaling import Rescaling
 
 
 class Criterion(Protocol):
@@ -97,3 +98,55 @@ class MagCache:
         self._magnitude = 1.0
         self._error = 0.0
         self._skips = 0
+
+
+class TeaCache:
+    """Skips while what the first block is given has moved little (TeaCache, arXiv 2411.19108, section 3.3).
+
+    How far it moved in each step, relatively and in means of absolute values, is what the stage ``input_change``
+    computes; a polynomial of the checkpoint makes of it how far the velocity will have moved. These are added up from
+    the last computed step on; at ``threshold`` a step is computed. Where the polynomial is negative, 0 is added.
+
+    Args:
+        change: The stage ``input_change``.
+        modulation: ``[n, ...]``, ``double_modulation`` of all steps.
+        rescaling: The checkpoint's polynomial.
+        threshold: The paper's delta.
+        max_skips: Longest run of skipped steps; None means no limit, as in the paper.
+    """
+
+    def __init__(
+        self, change: Engine, modulation: Array, rescaling: Rescaling, threshold: float, max_skips: int | None = None
+    ) -> None:
+        self._change = change
+        self._modulation = modulation
+        self._rescaling = rescaling
+        self._threshold = threshold
+        self._max_skips = max_skips
+        self.computed()
+
+    def skips(self, registers: Registers, step: int) -> bool:
+        """See :class:`Criterion`. A change that is not a number is never small."""
+        self._error += self._rescaling.estimate(input_change(registers, self._change, self._modulation, step))
+        self._skips += 1
+        return self._error < self._threshold and (self._max_skips is None or self._skips <= self._max_skips)
+
+    def computed(self) -> None:
+        """See :class:`Criterion`."""
+        self._error = 0.0
+        self._skips = 0
+
+
+def input_change(registers: Registers, change: Engine, modulation: Array, step: int) -> float:
+    """Return how far what the first block is given has moved since the step before.
+
+    Args:
+        registers: Hold ``latents`` of this step and ``previous_latents`` of the step before.
+        change: The stage ``input_change``.
+        modulation: ``[n, ...]``, ``double_modulation`` of all steps.
+        step: From 1.
+    """
+    registers.write("double_modulation", modulation[step])
+    registers.write("previous_modulation", modulation[step - 1])
+    registers.call(change, {name: name for name in change.inputs}, {"input_change": "change"})
+    return float(registers.read("change"))

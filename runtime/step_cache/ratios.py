@@ -5,18 +5,16 @@ The file is JSON, written by ``reelforge measure-ratios``. The module knows numb
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from reelforge.runtime.errors import OutputError, RequestError
+from reelforge.runtime.step_cache.measured_file import MeasuredFile, whole
 
-SCHEMA_VERSION = 1
+_FILE = MeasuredFile("magnitude ratios", "measure-ratios")
 
 
 @dataclass(frozen=True)
@@ -68,20 +66,13 @@ class MagnitudeRatios:
             OutputError: If it cannot be written.
         """
         content = {
-            "schema_version": SCHEMA_VERSION,
             "sigmas": list(self.sigmas),
             "ratios": list(self.ratios),
             "spread": list(self.spread),
             "generations": self.generations,
             "bundle": self.bundle,
         }
-        try:
-            path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise OutputError(
-                f"the magnitude ratios cannot be written to {str(path)!r}: {error.strerror or error}.",
-                fix="choose another path",
-            ) from error
+        _FILE.write(path, content)
 
     @classmethod
     def read(cls, path: Path) -> MagnitudeRatios:
@@ -90,21 +81,16 @@ class MagnitudeRatios:
         Raises:
             RequestError: If it cannot be read or does not hold magnitude ratios.
         """
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise _refused(path, str(error)) from error
-        if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
-            raise _refused(path, f"no object of schema version {SCHEMA_VERSION}")
+        content = _FILE.read(path)
         made = cls(
-            sigmas=_numbers(content, "sigmas", path),
-            ratios=_numbers(content, "ratios", path),
-            spread=_numbers(content, "spread", path),
-            generations=_whole(content.get("generations")),
+            sigmas=_FILE.numbers(content, "sigmas", path),
+            ratios=_FILE.numbers(content, "ratios", path),
+            spread=_FILE.numbers(content, "spread", path),
+            generations=whole(content.get("generations")),
             bundle=str(content.get("bundle", "")),
         )
         if problem := made.problem():
-            raise _refused(path, problem)
+            raise _FILE.refused(path, problem)
         return made
 
     def problem(self) -> str:
@@ -116,23 +102,3 @@ class MagnitudeRatios:
         if not all(later < earlier for earlier, later in zip(self.sigmas, self.sigmas[1:], strict=False)):
             return "the sigmas do not fall"
         return ""
-
-
-def _numbers(content: dict[str, Any], name: str, path: Path) -> tuple[float, ...]:
-    row = content.get(name)
-    if not isinstance(row, list) or not all(type(item) in (int, float) and math.isfinite(item) for item in row):
-        raise _refused(path, f"{name!r} is not a list of finite numbers")
-    return tuple(float(item) for item in row)
-
-
-def _whole(item: Any) -> int:
-    return item if type(item) is int else 1
-
-
-def _refused(path: Path, received: str) -> RequestError:
-    return RequestError(
-        f"the file {str(path)!r} does not hold magnitude ratios.",
-        received=received,
-        expected="a file from reelforge measure-ratios",
-        fix=f"run reelforge measure-ratios BUNDLE -o {path}",
-    )

@@ -1,7 +1,7 @@
 """What a request says about step caching, as data, and how the command line writes it.
 
-``easycache:0.025``, ``easycache:0.1,reuse=residual,warmup=2``, ``magcache:0.12,ratios=model.json,max-skips=4``. The
-module knows the settings' names and ranges; it knows no engines.
+``off``, ``easycache:0.025``, ``easycache:0.1,reuse=residual,warmup=2``, ``magcache:0.12,ratios=model.json``,
+``teacache:0.1,coefficients=model.json,max-skips=4``. The module knows the settings' names and ranges, and no engines.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import TypeVar
 
 from reelforge.runtime.errors import RequestError
 from reelforge.runtime.step_cache.ratios import MagnitudeRatios
+from reelforge.runtime.step_cache.rescaling import Rescaling
 
-REUSE_STAGE, CHANGE_STAGE = "step_reuse", "step_change"
+REUSE_STAGE, CHANGE_STAGE, INPUT_STAGE = "step_reuse", "step_change", "input_change"
 
 Word = TypeVar("Word", bound=enum.Enum)
 
@@ -25,11 +26,16 @@ class Method(enum.Enum):
 
     EASYCACHE = "easycache"
     MAGCACHE = "magcache"
+    TEACACHE = "teacache"
 
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages that a bundle must have for it, besides ``dit``."""
-        return (CHANGE_STAGE, REUSE_STAGE) if self is Method.EASYCACHE else (REUSE_STAGE,)
+        return {
+            Method.EASYCACHE: (CHANGE_STAGE, REUSE_STAGE),
+            Method.MAGCACHE: (REUSE_STAGE,),
+            Method.TEACACHE: (INPUT_STAGE, REUSE_STAGE),
+        }[self]
 
 
 class Reuse(enum.Enum):
@@ -44,8 +50,10 @@ class Reuse(enum.Enum):
     VELOCITY = "velocity"  # v_c
 
 
-_WARMUP_SHARE = {Method.EASYCACHE: 0.1, Method.MAGCACHE: 0.2}
-_MAX_SKIPS = {Method.EASYCACHE: 3, Method.MAGCACHE: 4}
+_WARMUP_SHARE = {Method.EASYCACHE: 0.1, Method.MAGCACHE: 0.2, Method.TEACACHE: 0.0}
+_MAX_SKIPS = {Method.EASYCACHE: 3, Method.MAGCACHE: 4, Method.TEACACHE: 3}
+_MEASURED = {"ratios": (Method.MAGCACHE, "measure-ratios"), "coefficients": (Method.TEACACHE, "measure-coefficients")}
+"""What is measured of a checkpoint: for which method, and by which command."""
 LEAST_WARMUP = 2
 """The change of the velocity is known after two evaluations."""
 
@@ -66,13 +74,15 @@ class StepCache:
     Args:
         method: What decides.
         threshold: Estimated error, accumulated since the last computed step, at which a step is computed again: of
-            EasyCache relative to the velocity, of MagCache of the residual's magnitude. 0 computes every step.
+            EasyCache and TeaCache relative to the velocity, of MagCache of the residual's magnitude. 0 computes every
+            step.
         warmup: How many first steps are always computed, at least 2. None means the papers' share, a tenth of the
-            steps for EasyCache (5 of 50 there) and a fifth for MagCache.
+            steps for EasyCache (5 of 50 there), a fifth for MagCache and, as nothing says so there, 2 for TeaCache.
         reuse: What stands for a skipped step's velocity. The papers keep the residual.
-        max_skips: Longest run of skipped steps. None means the paper's 4 for MagCache, and 3 for EasyCache, whose paper
-            has no limit: what is predicted from two steps far behind can be far off.
+        max_skips: Longest run of skipped steps. None means the paper's 4 for MagCache, and 3 for the others, whose
+            papers have no limit: what is predicted from two steps far behind can be far off.
         ratios: The checkpoint's magnitude ratios, for MagCache.
+        coefficients: The checkpoint's polynomial, for TeaCache. None means the published one, of the released model.
     """
 
     method: Method
@@ -81,6 +91,7 @@ class StepCache:
     reuse: Reuse = Reuse.EXTRAPOLATE
     max_skips: int | None = None
     ratios: MagnitudeRatios | None = None
+    coefficients: Rescaling | None = None
 
     @classmethod
     def parse(cls, text: str) -> StepCache:
@@ -97,7 +108,7 @@ class StepCache:
         settings = dict(_option(option, text) for option in options)
         if len(settings) != len(options):
             raise _unreadable(text, "each setting once")
-        ratios = settings.get("ratios")
+        ratios, coefficients = settings.get("ratios"), settings.get("coefficients")
         return cls(
             method,
             _number(number, text),
@@ -105,6 +116,7 @@ class StepCache:
             _word(Reuse, settings.get("reuse", Reuse.EXTRAPOLATE.value), text),
             _whole("max-skips", settings, text),
             None if ratios is None else MagnitudeRatios.read(Path(ratios)),
+            None if coefficients is None else Rescaling.read(Path(coefficients)),
         )
 
     def first_steps(self, steps: int) -> int:
@@ -115,6 +127,10 @@ class StepCache:
     def longest_run(self) -> int:
         """Return how many steps may be skipped one after the other."""
         return _MAX_SKIPS[self.method] if self.max_skips is None else self.max_skips
+
+    def lacks_coefficients(self) -> bool:
+        """Whether the method needs coefficients and has none."""
+        return self.method is Method.TEACACHE and self.coefficients is None
 
     def problems(self) -> list[Problem]:
         """Return what is wrong with the settings."""
@@ -132,10 +148,15 @@ class StepCache:
         if self.method is Method.MAGCACHE and self.ratios is None:
             fix = "write ratios=FILE with a file from reelforge measure-ratios"
             found.append(Problem("magcache without ratios", "magcache with the ratios of the checkpoint", fix))
-        if self.method is not Method.MAGCACHE and self.ratios is not None:
-            found.append(Problem(f"ratios with {self.method.value}", "ratios with magcache only", "leave ratios out"))
-        if self.ratios is not None and (wrong := self.ratios.problem()):
-            found.append(Problem(f"ratios: {wrong}", "ratios from reelforge measure-ratios", "measure them again"))
+        for name, (method, command) in _MEASURED.items():
+            measured: MagnitudeRatios | Rescaling | None = getattr(self, name)
+            if measured is None:
+                continue
+            if self.method is not method:
+                fix = f"leave {name} out"
+                found.append(Problem(f"{name} with {self.method.value}", f"{name} with {method.value} only", fix))
+            if wrong := measured.problem():
+                found.append(Problem(f"{name}: {wrong}", f"{name} from reelforge {command}", "measure them again"))
         return found
 
 
@@ -149,8 +170,8 @@ def _problem(name: str, value: object, expected: str, example: object) -> Proble
 
 def _option(option: str, text: str) -> tuple[str, str]:
     name, separator, value = (part.strip() for part in option.partition("="))
-    if not separator or name not in ("warmup", "reuse", "max-skips", "ratios"):
-        raise _unreadable(text, "settings among warmup=, reuse=, max-skips=, ratios=")
+    if not separator or name not in ("warmup", "reuse", "max-skips", *_MEASURED):
+        raise _unreadable(text, "settings among warmup=, reuse=, max-skips=, ratios=, coefficients=")
     return name, value
 
 

@@ -296,6 +296,7 @@ def test_one_attention_per_block(bundle: Bundle) -> None:
         "guidance": 0,
         "step_change": 0,
         "step_reuse": 0,
+        "input_change": 0,
         "vae_decoder": 1,  # in a loop over frames
     }
     for stage in bundle.manifest.stages:

@@ -46,6 +46,7 @@ def test_every_part_is_traced_once(traces: dict[str, Trace]) -> None:
         *("modulation:ConditioningVector", "modulation:double.{i}", "modulation:single.{i}", "modulation:final"),
         *("dit:PatchEmbedding", "dit:double.{i}", "dit:JoinStreams", "dit:single.{i}", "dit:final"),
         *("guidance:Guidance", "step_change:StepChange", "step_reuse:StepReuse"),
+        "input_change:InputChange",
         "vae_decoder:VaeDecoder",
     }
 

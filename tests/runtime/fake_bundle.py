@@ -37,7 +37,7 @@ DOUBLE, SINGLE, CHANNELS = 2, 3, 4
 VOCABULARY = 300
 STAGES = ("llm", "clip", "refiner", "modulation", "dit", "vae_decoder")
 GUIDED = (*STAGES, "guidance")
-CACHED = (*GUIDED, "step_change", "step_reuse")
+CACHED = (*GUIDED, "step_change", "step_reuse", "input_change")
 
 SPEC = ModelSpec(
     family="fake",
@@ -280,6 +280,30 @@ def step_reuse() -> Graph:
     return graph
 
 
+def input_change() -> Graph:
+    """A first block that is given the latents, shifted by the mean of its modulation."""
+    latents = ("batch", CHANNELS, "latent_frames", "latent_height", "latent_width")
+    graph = Graph(
+        "input_change",
+        [
+            *(_info(name, *latents) for name in ("latents", "previous_latents")),
+            *(_info(name, "batch", DOUBLE, 2, 6, WIDTH) for name in ("double_modulation", "previous_modulation")),
+        ],
+        [_info("input_change")],
+    )
+
+    def mean(tensor: str) -> str:
+        return graph.add("ReduceMean", [tensor], f"mean {tensor}", keepdims=0)
+
+    def size(tensor: str) -> str:
+        return mean(graph.add("Abs", [tensor], f"|{tensor}|"))
+
+    graph.add("Add", ["latents", mean("double_modulation")], "given")
+    graph.add("Add", ["previous_latents", mean("previous_modulation")], "before")
+    graph.add("Div", [size(graph.add("Sub", ["given", "before"], "moved")), size("before")], "input_change")
+    return graph
+
+
 def vae_decoder() -> Graph:
     graph = Graph(
         "vae_decoder",
@@ -320,7 +344,8 @@ def write_fake_bundle(
     """Write a bundle of the stages named, and return its manifest."""
     makers = {
         "llm": llm, "clip": clip, "refiner": refiner, "modulation": modulation, "dit": lambda: dit(batch > 1),
-        "guidance": guidance, "step_change": step_change, "step_reuse": step_reuse, "vae_decoder": vae_decoder,
+        "guidance": guidance, "step_change": step_change, "step_reuse": step_reuse,
+        "input_change": input_change, "vae_decoder": vae_decoder,
     }  # fmt: skip
     with BundleWriter(destination) as writer:
         entries = tuple(makers[name]().finish(writer) for name in stages)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +23,7 @@ CHANGE_INPUTS = (
 REUSE_INPUTS = (
     "latents", "computed_latents", "velocity", "earlier_velocity", "residual_weight", "trend_weight", "sigma_step",
 )  # fmt: skip
+INPUT_INPUTS = ("latents", "previous_latents", "double_modulation", "previous_modulation")
 
 
 @dataclass
@@ -69,6 +70,18 @@ def step_change(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def step_reuse(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     x, c, v, w, residual, trend, sigma = (inputs[name].astype(np.float64) for name in REUSE_INPUTS)
     return {"next_latents": x + sigma * (v + residual * (x - c) + trend * (v - w))}
+
+
+def input_change(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A first block that is given the latents, shifted by the mean of its modulation."""
+    x, p, m, n = (inputs[name].astype(np.float64) for name in INPUT_INPUTS)
+    given, before = x + m.mean(), p + n.mean()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {"input_change": np.asarray(np.abs(given - before).mean() / np.abs(before).mean())}
+
+
+def input_engine() -> NumpyEngine:
+    return NumpyEngine("input_change", input_change, INPUT_INPUTS)
 
 
 def change_engine() -> NumpyEngine:
@@ -159,6 +172,20 @@ def magcache(
         return abs(1 - float(np.prod(ratios[last + 1 : step + 1])))
 
     return _cached(velocity, noise, sigma_steps, threshold, warmup, how, max_skips, error)
+
+
+def teacache(
+    velocity: Velocity, noise: np.ndarray, sigma_steps: np.ndarray, threshold: float, warmup: int, how: Reuse,
+    max_skips: int | None, shifts: np.ndarray, coefficients: Sequence[float], ends: tuple[float, float] = (0, np.inf),
+) -> Expected:  # fmt: skip
+    """Equations 6 to 8 of TeaCache for a first block that is given the latents plus a number per step."""
+
+    def change(step: int, x: np.ndarray, history: object, previous: np.ndarray) -> float:
+        given, before = x + shifts[step], previous + shifts[step - 1]
+        moved = np.abs(given - before).mean() / np.abs(before).mean()
+        return max(float(np.poly1d(coefficients)(np.clip(moved, *ends))), 0.0)
+
+    return _cached(velocity, noise, sigma_steps, threshold, warmup, how, max_skips, change)
 
 
 def _cached(

@@ -18,8 +18,9 @@ from reelforge.runtime.noise import gaussian_noise
 from reelforge.runtime.recipe import Backend
 from reelforge.runtime.sampling import SamplingError
 from reelforge.runtime.schedule import flow_match_sigmas, sigma_steps
-from reelforge.runtime.step_cache.measure import measure_ratios
+from reelforge.runtime.step_cache.measure import measure_ratios, measure_rescaling
 from reelforge.runtime.step_cache.ratios import MagnitudeRatios
+from reelforge.runtime.step_cache.rescaling import Rescaling
 from reelforge.runtime.step_cache.settings import Method, Reuse, StepCache
 from tests.runtime import step_models
 from tests.runtime.fake_bundle import CACHED, CHANNELS, STAGES, write_fake_bundle
@@ -33,12 +34,15 @@ RATIOS = MagnitudeRatios(
 )
 EASY = StepCache(Method.EASYCACHE, 0.4)
 MAG = StepCache(Method.MAGCACHE, 0.05, ratios=RATIOS)
+TEA = StepCache(Method.TEACACHE, 0.3, coefficients=Rescaling((0.5, 1.0, 0.02), 0.0, 5.0))
 CACHES = [
     EASY,
     replace(EASY, reuse=Reuse.RESIDUAL, max_skips=2),
     replace(EASY, reuse=Reuse.VELOCITY, warmup=5),
     MAG,
     replace(MAG, reuse=Reuse.RESIDUAL, max_skips=1),
+    TEA,
+    replace(TEA, reuse=Reuse.RESIDUAL, max_skips=99, warmup=4),
 ]
 
 
@@ -100,6 +104,9 @@ def restated(pipeline: Pipeline, request: Request) -> step_models.Expected:
         lambda x, step: 0.5 * x + offsets[step], noise, schedule, cache.threshold, cache.first_steps(resolved.steps),
         cache.reuse, cache.longest_run(),
     )  # fmt: skip
+    if cache.coefficients is not None:
+        shifts = conditions.per_step["double_modulation"].reshape(resolved.steps, -1).mean(axis=1, dtype=np.float64)
+        return step_models.teacache(*common, shifts, cache.coefficients.coefficients)
     if cache.ratios is None:
         return step_models.easycache(*common)
     return step_models.magcache(*common, np.asarray(cache.ratios.ratios))
@@ -117,7 +124,7 @@ def test_a_loop_is_the_papers(pipeline: Pipeline, cache: StepCache) -> None:
 
 
 @pytest.mark.parametrize("backend", [Backend.RTX, Backend.TRT])
-@pytest.mark.parametrize("cache", [EASY, MAG])
+@pytest.mark.parametrize("cache", [EASY, MAG, TEA])
 def test_a_gpus_loop_is_the_cpus(
     pipeline: Pipeline, machine: Callable[[Backend], Machine], cache: StepCache, backend: Backend
 ) -> None:
@@ -134,7 +141,8 @@ def test_a_gpus_loop_is_the_cpus(
     assert computed == expected_computed
     assert calls.count("dit") == computed.count(True)
     assert calls.count("step_reuse") == computed.count(False)
-    assert calls.count("step_change") == (0 if cache is MAG else PLAIN.steps - 3)
+    for stage, asked in (("step_change", EASY), ("input_change", TEA)):
+        assert calls.count(stage) == (PLAIN.steps - cache.first_steps(PLAIN.steps) - 1 if cache is asked else 0)
     made.require_nothing_left()
 
 
@@ -196,6 +204,11 @@ def test_a_bundle_without_the_stages(fake_bundle: Path, tmp_path: Path) -> None:
         some.resolve(replace(PLAIN, step_cache=MAG))
         with pytest.raises(BundleError, match="has no stage 'step_change'"):
             measure_ratios(some, [PLAIN])
+        with pytest.raises(BundleError, match="has no stage 'input_change'"):
+            measure_rescaling(some, [PLAIN])
+        with pytest.raises(RequestError, match="step_cache=teacache is not supported") as caught:
+            some.resolve(replace(PLAIN, step_cache=TEA))
+        assert "the bundle has no stage 'input_change'" in str(caught.value)
     with Pipeline.open(fake_bundle, threads=1) as plain, pytest.raises(RequestError) as caught:
         plain.resolve(replace(PLAIN, step_cache=EASY))
     assert "no stage 'step_change' and no 'step_reuse'" in str(caught.value)
@@ -203,6 +216,13 @@ def test_a_bundle_without_the_stages(fake_bundle: Path, tmp_path: Path) -> None:
 
 def test_what_a_request_gets_wrong_is_listed_with_everything_else(pipeline: Pipeline) -> None:
     wrong = replace(PLAIN, steps=0, step_cache=StepCache(Method.MAGCACHE, -1.0, warmup=0))
+    with pytest.raises(RequestError) as caught:
+        pipeline.resolve(wrong)
+    tea = replace(PLAIN, step_cache=StepCache(Method.TEACACHE, 0.1))
+    with pytest.raises(RequestError, match="step_cache teacache without coefficients is not supported") as caught:
+        pipeline.resolve(tea)
+    for said in ("none are published for a model of this size", "reelforge measure-coefficients"):
+        assert said in str(caught.value)
     with pytest.raises(RequestError) as caught:
         pipeline.resolve(wrong)
     for said in ("steps=0", "step_cache threshold=-1.0", "step_cache warmup=0", "step_cache magcache without ratios"):
@@ -237,6 +257,42 @@ def test_measured_ratios_are_the_papers(pipeline: Pipeline) -> None:
     assert (measured.generations, measured.bundle) == (2, pipeline.bundle.manifest.content_digest)
     used = replace(PLAIN, step_cache=StepCache(Method.MAGCACHE, 0.5, ratios=measured))
     assert not np.array_equal(pipeline.generate(used), pipeline.generate(PLAIN))
+
+
+def test_measured_coefficients_are_the_papers(pipeline: Pipeline) -> None:
+    requests = [replace(PLAIN, steps=9), replace(PLAIN, prompt="two balls", seed=4, steps=7)]
+    steps: list[tuple[int, int]] = []
+    measured = measure_rescaling(pipeline, requests, lambda *done: steps.append(done))
+    assert steps == [(step, 16) for step in range(1, 17)]
+    changes, moved = [], []
+    for request in requests:
+        resolved = pipeline.resolve(request)
+        conditions = pipeline.condition(resolved, pipeline.encode_text(request.prompt))
+        latents, given, velocities = gaussian_noise(LATENTS, request.seed), [], []
+        with pipeline.engine("dit") as dit:
+            for step in range(resolved.steps):
+                row = {name: rows[step, ...] for name, rows in conditions.per_step.items()}
+                outputs = dit.run({"latents": latents, **conditions.fixed, **row})
+                given.append(latents + row["double_modulation"].astype(np.float64).mean())
+                velocities.append(outputs["velocity"].astype(np.float64))
+                latents = outputs["next_latents"]
+        for found, series in ((changes, given), (moved, velocities)):
+            found += [np.abs(b - a).mean() / np.abs(a).mean() for a, b in itertools.pairwise(series)]
+    assert measured.least == pytest.approx(min(changes), rel=1e-5)
+    assert measured.most == pytest.approx(max(changes), rel=1e-5)
+    assert (measured.generations, measured.bundle) == (2, pipeline.bundle.manifest.content_digest)
+    assert measured.problem() == ""
+    expected = np.polyval(np.polyfit(changes, moved, 4), changes)
+    np.testing.assert_allclose([measured.estimate(change) for change in changes], expected, atol=2e-4)
+    used = replace(PLAIN, step_cache=StepCache(Method.TEACACHE, 0.5, coefficients=measured))
+    assert not np.array_equal(pipeline.generate(used), pipeline.generate(PLAIN))
+
+
+def test_too_few_steps_give_no_polynomial(pipeline: Pipeline) -> None:
+    with pytest.raises(RequestError, match="too few steps to fit a polynomial") as caught:
+        measure_rescaling(pipeline, [replace(PLAIN, steps=3), replace(PLAIN, steps=3)])
+    assert "4 pairs of steps" in str(caught.value)
+    assert "at least 5" in str(caught.value)
 
 
 def test_a_loop_that_goes_on_computes_its_first_two_steps(pipeline: Pipeline) -> None:

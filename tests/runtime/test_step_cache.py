@@ -11,14 +11,25 @@ from reelforge.runtime.registers import HostRegisters
 from reelforge.runtime.sampling import SamplingError, take_step
 from reelforge.runtime.schedule import flow_match_sigmas, sigma_steps
 from reelforge.runtime.step_cache.cached_step import CachedStep
-from reelforge.runtime.step_cache.criteria import Criterion, EasyCache, MagCache
+from reelforge.runtime.step_cache.criteria import Criterion, EasyCache, MagCache, TeaCache
+from reelforge.runtime.step_cache.rescaling import Rescaling
 from reelforge.runtime.step_cache.settings import Reuse
 from reelforge.runtime.step_program import Evaluation, RegisterLoop
 from tests.runtime import step_models
-from tests.runtime.step_models import change_engine, model_engine, random_velocity, reuse_engine, sampled
+from tests.runtime.step_models import (
+    change_engine,
+    input_engine,
+    model_engine,
+    random_velocity,
+    reuse_engine,
+    sampled,
+)
 
 SHAPE = (1, 3, 2, 4, 2)
 STEPS = 12
+ROWS = np.ones((STEPS, 1, 2, 2, 6, 4), np.float32)
+NEVER = Rescaling((0.0, -1.0))
+"""Says that the velocity never moves, and without its floor that it moves backwards."""
 
 
 def noise(seed: int = 0) -> np.ndarray:
@@ -62,6 +73,25 @@ def test_magcache_is_the_papers(
     np.testing.assert_allclose(latents, expected.latents, atol=2e-5, rtol=2e-5)
 
 
+@given(st.integers(0, 10_000), st.integers(1, 16), st.floats(0, 0.6), st.integers(2, 6), reuses, runs)
+@settings(max_examples=80, deadline=None)
+def test_teacache_is_the_papers(
+    seed: int, steps: int, threshold: float, warmup: int, how: Reuse, max_skips: int | None
+) -> None:
+    velocity = random_velocity(seed, steps, SHAPE)
+    random = np.random.default_rng(seed)
+    modulation = random.standard_normal((steps, 1, 2, 2, 6, 4)).astype(np.float32)
+    coefficients, ends = random.uniform(-1, 1, 5), (0.05, 0.4)
+    shifts = modulation.reshape(steps, -1).mean(axis=1, dtype=np.float64)
+    common = (velocity, noise(seed), schedule(steps), threshold, warmup, how, max_skips, shifts)
+    expected = step_models.teacache(*common, tuple(coefficients), ends)
+    assume(min(expected.margins, default=1) > 1e-4)
+    criterion = TeaCache(input_engine(), modulation, Rescaling(tuple(coefficients), *ends), threshold, max_skips)
+    latents, computed = sampled(velocity, criterion, noise(seed), schedule(steps), warmup, how)
+    assert computed == expected.computed
+    np.testing.assert_allclose(latents, expected.latents, atol=2e-5, rtol=2e-5)
+
+
 def test_the_cases_are_mixed() -> None:
     """The properties above see runs with many skips and runs with few: they are not about loops that skip nothing."""
     skipped = set()
@@ -73,7 +103,10 @@ def test_the_cases_are_mixed() -> None:
 
 
 @pytest.mark.parametrize("how", list(Reuse))
-@pytest.mark.parametrize("criterion", [EasyCache(change_engine(), 0.0), MagCache([1.0] * STEPS, 0.0, None)])
+@pytest.mark.parametrize(
+    "criterion",
+    [EasyCache(change_engine(), 0.0), MagCache([1.0] * STEPS, 0.0, None), TeaCache(input_engine(), ROWS, NEVER, 0.0)],
+)
 def test_a_threshold_of_zero_computes_every_step_bit_for_bit(criterion: Criterion, how: Reuse) -> None:
     velocity = random_velocity(3, STEPS, SHAPE)
     latents, computed = sampled(velocity, criterion, noise(), schedule(STEPS), 2, how)
@@ -130,10 +163,10 @@ def test_reuse_is_exact_where_the_model_is_what_it_assumes() -> None:
 
 def test_a_change_that_is_not_a_number_is_never_small() -> None:
     """A velocity of zero divides by zero: nothing is skipped, whatever the threshold."""
-    criterion = EasyCache(change_engine(), 1e30)
-    resting = np.zeros(SHAPE, np.float32)
-    _, computed = sampled(lambda x, step: np.zeros_like(x), criterion, resting, schedule(6), 2, Reuse.RESIDUAL)
-    assert all(computed)
+    for criterion in (EasyCache(change_engine(), 1e30), TeaCache(input_engine(), 0 * ROWS, NEVER, 1e30)):
+        resting = np.zeros(SHAPE, np.float32)
+        _, computed = sampled(lambda x, step: np.zeros_like(x), criterion, resting, schedule(6), 2, Reuse.RESIDUAL)
+        assert all(computed)
 
 
 def test_latents_that_are_not_finite_stop_the_loop() -> None:

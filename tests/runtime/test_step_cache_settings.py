@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 from reelforge.runtime.errors import OutputError, RequestError
 from reelforge.runtime.schedule import flow_match_sigmas
 from reelforge.runtime.step_cache.ratios import MagnitudeRatios
+from reelforge.runtime.step_cache.rescaling import Rescaling
 from reelforge.runtime.step_cache.settings import Method, Reuse, StepCache
 
 RATIOS = MagnitudeRatios((1.0, 0.8, 0.5, 0.2), (1.0, 1.1, 0.9, 0.5), (0.0, 0.1, 0.1, 0.2), 3, "abc")
+
+TEA = Rescaling((1.5, -0.25, 0.125), 0.01, 0.4, 0.002, 4, "abc")
 
 
 @pytest.fixture
@@ -50,6 +53,16 @@ def test_ratios_come_from_a_file(ratios_file: Path) -> None:
     assert made.problems() == []
 
 
+def test_coefficients_come_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "tea.json"
+    TEA.write(path)
+    made = StepCache.parse(f"teacache:0.1,coefficients={path}")
+    assert made == StepCache(Method.TEACACHE, 0.1, coefficients=TEA)
+    assert made.problems() == []
+    assert StepCache.parse("teacache:0.1") == StepCache(Method.TEACACHE, 0.1)
+    assert StepCache.parse("teacache:0.1").problems() == [], "what is published may serve the bundle"
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "easycache", "easycache:", "easycache:much", "0.025", "teacake:0.1", "easycache:0.1,", "easycache:0.1,warmup",
@@ -77,6 +90,9 @@ def test_what_cannot_be_read(text: str) -> None:
         (StepCache(Method.EASYCACHE, 0.1, max_skips=0), "max_skips=0"),
         (StepCache(Method.MAGCACHE, 0.1), "magcache without ratios"),
         (StepCache(Method.EASYCACHE, 0.1, ratios=RATIOS), "ratios with easycache"),
+        (StepCache(Method.TEACACHE, 0.1, ratios=RATIOS), "ratios with teacache"),
+        (StepCache(Method.MAGCACHE, 0.1, ratios=RATIOS, coefficients=TEA), "coefficients with magcache"),
+        (StepCache(Method.TEACACHE, 0.1, coefficients=replace(TEA, coefficients=())), "coefficients: no coefficients"),
         (StepCache(Method.MAGCACHE, 0.1, ratios=replace(RATIOS, ratios=(1.0, 0.5))), "4 sigmas and 2 ratios"),
     ],
 )
@@ -92,7 +108,8 @@ def test_several_problems_are_listed_together() -> None:
 
 
 def test_defaults_are_the_papers_shares() -> None:
-    easy, mag = StepCache(Method.EASYCACHE, 0.1), StepCache(Method.MAGCACHE, 0.1)
+    easy, mag, tea = (StepCache(method, 0.1) for method in (Method.EASYCACHE, Method.MAGCACHE, Method.TEACACHE))
+    assert ([tea.first_steps(steps) for steps in (1, 50)], tea.longest_run()) == ([2, 2], 3)
     assert [easy.first_steps(steps) for steps in (1, 20, 50, 55)] == [2, 2, 5, 6]
     assert [mag.first_steps(steps) for steps in (1, 20, 50)] == [2, 4, 10]
     assert replace(easy, warmup=7).first_steps(50) == 7

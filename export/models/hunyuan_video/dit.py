@@ -22,6 +22,14 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From rotated q and k, and v, [B, S, h, d] in one dtype, to [B, S, h * d]."""
 
 
+def to_patches(latents: Tensor, patch: tuple[int, int, int]) -> Tensor:
+    """Return [B, N, C * patch's volume] from [B, C, T, H, W], tokens in t-major order."""
+    batch, channels, frames, height, width = latents.shape
+    pt, ph, pw = patch
+    grid = latents.reshape(batch, channels, frames // pt, pt, height // ph, ph, width // pw, pw)
+    return grid.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, -1, channels * pt * ph * pw)
+
+
 class PatchEmbedding(nn.Module):
     """Latents to image tokens, and everything that all blocks share."""
 
@@ -49,10 +57,7 @@ class PatchEmbedding(nn.Module):
             identity, since text carries no rotation.
         """
         dtype = self.patch_embed.weight.dtype
-        batch, channels, frames, height, width = latents.shape
-        pt, ph, pw = self.patch
-        grid = latents.reshape(batch, channels, frames // pt, pt, height // ph, ph, width // pw, pw)
-        patches = grid.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, -1, channels * pt * ph * pw)
+        patches = to_patches(latents, self.patch)
         if token_gather is not None:
             patches = patches.index_select(1, token_gather)
         ones = torch.ones_like(text[0, :, :1]).expand(-1, rope_cos.shape[-1])

@@ -1,4 +1,4 @@
-"""The six stages of HunyuanVideo as data: which parts, which values flow between them, which dimensions are dynamic."""
+"""The stages of HunyuanVideo as data: which parts, which values flow between them, which dimensions are dynamic."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ STAGE_NAMES = (
     "guidance",
     "step_change",
     "step_reuse",
+    "input_change",
     "vae_decoder",
 )
 # Largest absolute difference from an independent fp32 implementation at output scale 1-4. fp32: re-association of sums

@@ -1,8 +1,9 @@
 """The stages of step caching: how much the velocity will have changed, and a step that reuses earlier velocities.
 
-No parameters: elementwise arithmetic and means over latents, compiled so that the runtime computes nothing between
-engines. EasyCache (arXiv 2507.02860) needs ``step_change`` and ``step_reuse``, MagCache (arXiv 2506.09045) the latter,
-and ``step_change`` to measure its ratios. What decides about steps is in ``runtime.step_cache``.
+Elementwise arithmetic and means over latents, compiled so that the runtime computes nothing between engines. EasyCache
+(arXiv 2507.02860) needs ``step_change`` and ``step_reuse``, MagCache (arXiv 2506.09045) the latter, and ``step_change``
+to measure its ratios; TeaCache (arXiv 2411.19108) looks at what the first block is given, so that ``input_change`` has
+the patch embedding of ``dit``. What decides about steps is in ``runtime.step_cache``.
 
 Letters: ``B`` batch, ``C`` channels, ``T`` ``H`` ``W`` latent grid; ``x`` latents, ``v`` velocities; steps ``i``, the
 last computed one ``c``, and ``e`` the computed one before it.
@@ -10,10 +11,14 @@ last computed one ``c``, and ``e`` the computed one before it.
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 
+from reelforge.export.models.hunyuan_video.dit import to_patches
+from reelforge.export.models.hunyuan_video.layers import modulate
 from reelforge.export.stage import Part, Stage, Value
-from reelforge.runtime.spec import ModelSpec
+from reelforge.runtime.spec import DitSpec, ModelSpec
 
 
 class StepChange(nn.Module):
@@ -79,8 +84,40 @@ class StepReuse(nn.Module):
         return latents + sigma_step * reused
 
 
-def step_cache_stages(spec: ModelSpec, batch: int, tolerance: dict[str, float]) -> tuple[Stage, Stage]:
-    """Return ``step_change`` and ``step_reuse`` for a model of the given size."""
+class InputChange(nn.Module):
+    """How far what the first block's image stream is given has moved in one step: TeaCache's measure."""
+
+    def __init__(self, spec: DitSpec) -> None:
+        super().__init__()
+        self.patch = spec.patch
+        features = spec.latent_channels * spec.patch[0] * spec.patch[1] * spec.patch[2]
+        self.patch_embed = nn.Linear(features, spec.width)
+        self.eps = spec.norm_eps
+
+    def forward(
+        self, latents: Tensor, previous_latents: Tensor, modulation: Tensor, previous_modulation: Tensor
+    ) -> Tensor:
+        """Return ``|f_i - f_{i-1}| / |f_{i-1}|``, fp32 [], where ``|.|`` is the mean of absolute values.
+
+        ``f`` are the embedded patches of the latents, normalised and modulated as the first double block does it
+        before its attention (TeaCache, equation 6; the order of tokens means nothing to a mean).
+
+        Args:
+            latents: ``x_i``, fp32 [B, C, T, H, W].
+            previous_latents: ``x_{i-1}``.
+            modulation: The first double block's at step ``i``, fp32 [B, 2, 6, D] as in ``dit``.
+            previous_modulation: At step ``i - 1``.
+        """
+        before = self._given(previous_latents, previous_modulation)
+        return (self._given(latents, modulation) - before).abs().mean() / before.abs().mean()
+
+    def _given(self, latents: Tensor, modulation: Tensor) -> Tensor:
+        tokens = self.patch_embed(to_patches(latents, self.patch).to(self.patch_embed.weight.dtype))
+        return modulate(tokens, modulation[:, 0, 0:1], modulation[:, 0, 1:2], self.eps).float()
+
+
+def step_cache_stages(spec: ModelSpec, batch: int, tolerance: dict[str, float]) -> tuple[Stage, ...]:
+    """Return ``step_change``, ``step_reuse`` and ``input_change`` for a model of the given size."""
     videos: int | str = 1 if batch == 1 else "batch"
     channels = spec.dit.latent_channels
     latents = Value("float32", (videos, channels, "latent_frames", "latent_height", "latent_width"))
@@ -107,4 +144,17 @@ def step_cache_stages(spec: ModelSpec, batch: int, tolerance: dict[str, float]) 
         outputs=("next_latents",),
         tolerance=tolerance,
     )
-    return change, reuse
+    modulation = Value("float32", (videos, spec.dit.double_blocks, 2, 6, spec.dit.width))
+    given = ("latents", "previous_latents", "double_modulation", "previous_modulation")
+    first_block = (*given[:2], "double_modulation[i]", "previous_modulation[i]")
+    moved = Stage(
+        name="input_change",
+        component="transformer",
+        parts=(Part("", partial(InputChange, spec.dit), first_block, ("input_change",)),),
+        values={**dict.fromkeys(given[:2], latents), **dict.fromkeys(given[2:], modulation), "input_change": scalar},
+        inputs=given,
+        outputs=("input_change",),
+        tolerance=tolerance,
+        weights_of="dit",
+    )
+    return change, reuse, moved
