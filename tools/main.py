@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "cache": ("reelforge.tools.cache:cache", "Show the cache of compiled plans, or make room in it."),
     "calibrate": ("reelforge.tools.calibrate:calibrate", "Find the scales for layers in 8 bits."),
     "decode": ("reelforge.tools.decode:decode", "Make a video of latents that were saved."),
+    "export-triton": ("reelforge.tools.export_triton:export_triton", "Write a model repository for Triton."),
     "generate": ("reelforge.tools.generate:generate", "Generate a video from a prompt."),
     "inspect": ("reelforge.tools.inspect_bundle:inspect", "Show what a bundle contains and where it came from."),
     "measure-coefficients": (
@@ -31,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plugins": ("reelforge.tools.plugins_command:plugins", "Show and compile the attention kernels for TensorRT."),
     "recipes": ("reelforge.tools.recipes:recipes", "List the builds that build-engine knows by name."),
     "sensitivity": ("reelforge.tools.sensitivity:sensitivity", "Find the layers that 8 bits cost most."),
+    "serve": ("reelforge.tools.serve:serve", "Serve videos over HTTP: a durable jobs API and a web page."),
     "sheet": ("reelforge.tools.contact_sheet:sheet", "Generate clips of several prompts on one picture."),
     "synthesize": ("reelforge.tools.synthesize:command", "Write a checkpoint with invented weights."),
     "verify": ("reelforge.tools.verify:verify", "Compare a bundle's numbers with its checkpoint's."),
