@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -18,16 +18,26 @@ from typing import Any, TypeGuard
 from reelforge.runtime.errors import OutputError, RequestError
 
 SCHEMA = 1
+SPREADS, LEAST_TOLERANCE = 3, 0.1
 UPDATE = "python -m reelforge.tools.bench.check --update"
 RESTORE = f"restore the file from version control, or write it anew with `{UPDATE}` and review the difference"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A stored ratio; one up to ``1 + tolerance`` times as large is accepted."""
+    """A stored ratio; one up to ``1 + tolerance`` times as large is accepted.
+
+    Attributes:
+        ratio: The median over rounds, or over runs if there were several.
+        tolerance: A share of it.
+        spread: How far runs of the same commit were from their median at most, as a share; 0 if that is not known.
+        runs: How many of them there were.
+    """
 
     ratio: float
     tolerance: float
+    spread: float = 0.0
+    runs: int = 1
 
     @property
     def limit(self) -> float:
@@ -136,14 +146,16 @@ def _parse(path: Path) -> Baseline:
 def _entry(path: Path, name: str, found: Any) -> Entry:
     values = found if isinstance(found, dict) else {}
     ratio, tolerance = values.get("ratio"), values.get("tolerance")
-    if not _is_positive(ratio) or not _is_positive(tolerance):
+    spread, runs = values.get("spread", 0.0), values.get("runs", 1)
+    known = isinstance(runs, int) and runs > 0 and (spread == 0 or _is_positive(spread))
+    if not _is_positive(ratio) or not _is_positive(tolerance) or not known:
         raise RequestError(
             f"baseline {path} has a damaged entry {name!r}.",
             received=json.dumps(found),
             expected='{"ratio": R, "tolerance": T}, both positive numbers',
             fix=RESTORE,
         )
-    return Entry(ratio, tolerance)
+    return Entry(ratio, tolerance, float(spread), runs)
 
 
 def _is_positive(value: Any) -> TypeGuard[float]:
@@ -172,8 +184,20 @@ def updated(
     stored: Baseline | None, measured: Mapping[str, tuple[float, ...]], tolerances: Mapping[str, float]
 ) -> dict[str, Entry]:
     """Return entries for what was measured, with the tolerances that are stored already, else ``tolerances``."""
-    known = {name: entry.tolerance for name, entry in stored.ratios.items()} if stored is not None else {}
+    known = stored.ratios if stored is not None else {}
     return {
-        name: Entry(round(statistics.median(samples), 4), known.get(name, tolerances[name]))
+        name: replace(known.get(name, Entry(1.0, tolerances[name])), ratio=round(statistics.median(samples), 4))
         for name, samples in measured.items()
     }
+
+
+def spread_entry(medians: Sequence[float]) -> Entry:
+    """Return the entry of a ratio that several runs of one commit measured, the median of each given.
+
+    Both the stored ratio and a later one may be off by the spread; what is left of the tolerance is for what few runs
+    have not shown. A tolerance below ``LEAST_TOLERANCE`` is not worth the failures.
+    """
+    middle = statistics.median(medians)
+    spread = max(abs(one / middle - 1) for one in medians)
+    tolerance = max(LEAST_TOLERANCE, math.ceil(100 * SPREADS * spread - 1e-9) / 100)
+    return Entry(round(middle, 4), tolerance, round(spread, 4), len(medians))

@@ -7,6 +7,7 @@ A ratio fails if its median is above its tolerance in two measurements. What is 
 from __future__ import annotations
 
 import datetime
+import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from reelforge.tools.bench.baseline import (
     Verdict,
     judge,
     read_baseline,
+    spread_entry,
     updated,
     write_baseline,
 )
@@ -34,6 +36,7 @@ from reelforge.tools.inspect_receipts import slim_table
 
 PACKAGES = ("onnxruntime", "numpy", "torch", "diffusers")
 ATTEMPTS = 2
+ENOUGH_RUNS = 3
 SMALL = 0.1  # ratios below are shown with one more digit
 WORK = Path("build/bench")
 STYLES = {Verdict.WORSE: "bold red", Verdict.SAME: "green", Verdict.BETTER: "cyan"}
@@ -86,9 +89,18 @@ def show(judged: Sequence[Judged], baseline: Baseline) -> None:
 )
 @click.option("--checkpoint", default=Path("demo/checkpoint"), show_default=True, type=click.Path(path_type=Path))
 @click.option("--update", is_flag=True, help="Store what is measured now; tolerances in the file are kept.")
-def main(path: Path, checkpoint: Path, update: bool) -> None:
+@click.option(
+    "--runs",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="With --update: measure so often; of 3 and more the tolerances follow from how far the runs are apart.",
+)
+@click.option("--only", help="With --update: groups to measure, separated by commas.  [default: all]")
+def main(path: Path, checkpoint: Path, update: bool, runs: int, only: str | None) -> None:
     """Compare ratios of times with the stored ones; the exit code is 6 if one got worse."""
     names = tolerances(GROUPS)
+    groups = _chosen(only, update, runs)
     if update:
         baseline = read_baseline(path) if path.exists() else None
     else:
@@ -103,7 +115,7 @@ def main(path: Path, checkpoint: Path, update: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="check-", dir=WORK) as folder:
         bench = Workbench(checkpoint, Path(folder))
         if update:
-            _update(path, baseline, measure(GROUPS, bench), names)
+            _update(path, baseline, [measure(groups, bench) for _ in range(runs)], names)
             return
         assert baseline is not None
         judged = guard(baseline, GROUPS, bench)
@@ -134,8 +146,45 @@ def verdict(judged: Sequence[Judged], baseline: Baseline, path: Path) -> None:
         )
 
 
-def _update(path: Path, before: Baseline | None, samples: Mapping[str, Samples], defaults: Mapping[str, float]) -> None:
-    entries = updated(before, samples, defaults)
+def _chosen(only: str | None, update: bool, runs: int) -> Sequence[Group]:
+    """Return the groups to measure.
+
+    Raises:
+        RequestError: If a group is not known, or the options are for another mode.
+    """
+    if (only or runs > 1) and not update:
+        raise RequestError(
+            "--runs and --only are for storing a baseline; a check measures everything.",
+            received=f"--only {only}" if only else f"--runs {runs}",
+            expected="--update beside it",
+            fix="add --update, or leave it out",
+        )
+    known = {group.name: group for group in GROUPS}
+    wanted = list(known) if only is None else [name.strip() for name in only.split(",")]
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise RequestError(
+            "there is no such group of ratios.",
+            received=", ".join(unknown),
+            expected=f"some of {', '.join(known)}",
+            fix="leave --only out to measure all",
+        )
+    return [known[name] for name in wanted]
+
+
+def _update(
+    path: Path, before: Baseline | None, runs: Sequence[Mapping[str, Samples]], defaults: Mapping[str, float]
+) -> None:
+    """Store what runs measured; entries that were not measured stay."""
+    samples = {name: tuple(one for run in runs for one in run[name]) for name in runs[0]}
+    if len(runs) < ENOUGH_RUNS:
+        entries = updated(before, samples, defaults)
+    else:
+        entries = {name: spread_entry([statistics.median(run[name]) for run in runs]) for name in samples}
+    if before is not None and len(samples) < len(defaults):
+        entries = {
+            name: entries.get(name) or before.ratios[name] for name in defaults if name in entries | before.ratios
+        }
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     after = Baseline(entries, report.machine(), report.versions(PACKAGES), report.commit(), today)
     write_baseline(path, after)

@@ -80,13 +80,15 @@ class Group:
     """Ratios that are measured together.
 
     Attributes:
-        tolerances: By the ratio's name, for entries that are stored for the first time; about three times what the
-            median moves between runs on an idle machine.
+        tolerances: By the ratio's name, for entries that are stored for the first time; the stored ones follow from
+            the spread of several runs (``check --runs``).
         measure: Returns the samples of each.
+        name: For the command line.
     """
 
     tolerances: dict[str, float]
     measure: Measure
+    name: str = ""
 
 
 INT8_STEP = "int8 step / fp32 step"
@@ -156,8 +158,8 @@ def _ratios(ours: Samples | list[float], theirs: Samples | list[float]) -> Sampl
 
 
 GROUPS: tuple[Group, ...] = (
-    Group({INT8_STEP: 0.25, EAGER_STEP: 0.25}, steps),
-    Group({LOOP: 0.5}, loop),
-    Group({QUANTISE: 0.3}, quantise),
-    Group({IMPORT: 0.3}, imports),
+    Group({INT8_STEP: 0.25, EAGER_STEP: 0.25}, steps, "steps"),
+    Group({LOOP: 0.5}, loop, "loop"),
+    Group({QUANTISE: 0.3}, quantise, "weights"),
+    Group({IMPORT: 0.3}, imports, "import"),
 )

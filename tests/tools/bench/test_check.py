@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from reelforge.runtime.errors import BuildError, OutputError, ReelforgeError, RequestError, VerificationError
 from reelforge.tools.bench import check
 from reelforge.tools.bench.baseline import (
+    LEAST_TOLERANCE,
     SCHEMA,
     UPDATE,
     Baseline,
@@ -20,6 +21,7 @@ from reelforge.tools.bench.baseline import (
     Judged,
     Verdict,
     read_baseline,
+    spread_entry,
     updated,
     write_baseline,
 )
@@ -36,7 +38,7 @@ def fake(name: str, *rounds: Samples, tolerance: float = 0.2) -> Group:
     def measure(_bench: Workbench) -> dict[str, Samples]:
         return {name: left.pop(0) if len(left) > 1 else left[0]}
 
-    return Group({name: tolerance}, measure)
+    return Group({name: tolerance}, measure, name.split()[0])
 
 
 @pytest.fixture
@@ -110,7 +112,10 @@ def test_an_update_keeps_tolerances_and_says_where_it_measured(run: Callable[...
     result = run((fake(STEP, (0.8,)), fake(LOOP, (0.1,), tolerance=0.4)), "--update")
     assert result.exit_code == 0, result.output
     written = json.loads(Path("baseline.json").read_text())
-    assert written["ratios"] == {STEP: entry(0.8, 0.7), LOOP: entry(0.1, 0.4)}
+    assert written["ratios"] == {
+        STEP: {**entry(0.8, 0.7), "spread": 0.0, "runs": 1},
+        LOOP: {**entry(0.1, 0.4), "spread": 0.0, "runs": 1},
+    }
     assert "cores" in written["machine"]
     assert "onnxruntime" in written["versions"]
     assert written["date"] > "2026"
@@ -119,6 +124,41 @@ def test_an_update_keeps_tolerances_and_says_where_it_measured(run: Callable[...
 
 def test_the_first_update_takes_the_tolerances_of_the_measurements() -> None:
     assert updated(None, {STEP: (0.1, 0.3, 0.2)}, {STEP: 0.25}) == {STEP: Entry(0.2, 0.25)}
+
+
+def test_several_runs_give_the_tolerance(run: Callable[..., Result]) -> None:
+    store(**{STEP: entry(0.5, 0.7), LOOP: entry(0.1, 0.4)})
+    steps = fake(STEP, (0.5, 0.5), (0.55, 0.1, 0.9), (0.48,))
+    result = run((steps, fake(LOOP, (0.2,))), "--update", "--runs", "3", "--only", "int8")
+    assert result.exit_code == 0, result.output
+    written = json.loads(Path("baseline.json").read_text())["ratios"]
+    # The medians are 0.5, 0.55 and 0.48, so that a run is off by a tenth at most.
+    assert written[STEP] == {"ratio": 0.5, "tolerance": 0.3, "spread": 0.1, "runs": 3}
+    assert written[LOOP] == {**entry(0.1, 0.4), "spread": 0.0, "runs": 1}
+    assert run((fake(STEP, (0.6,)), fake(LOOP, (0.1,)))).exit_code == 0
+    after = run((fake(STEP, (0.6,)), fake(LOOP, (0.1,))), "--update")
+    assert after.exit_code == 0
+    kept = json.loads(Path("baseline.json").read_text())["ratios"][STEP]
+    assert kept == {"ratio": 0.6, "tolerance": 0.3, "spread": 0.1, "runs": 3}
+
+
+def test_runs_that_agree_leave_some_tolerance() -> None:
+    assert spread_entry([1.0, 1.0, 1.01]) == Entry(1.0, LEAST_TOLERANCE, 0.01, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--runs", "3"], "--runs and --only are for storing a baseline"),
+        (["--only", "int8"], "--runs and --only are for storing a baseline"),
+        (["--update", "--only", "int8,nothing"], "there is no such group of ratios"),
+    ],
+)
+def test_runs_and_groups_are_for_an_update(run: Callable[..., Result], options: list[str], words: str) -> None:
+    store(**{STEP: entry(0.5)})
+    said = error_of(run((fake(STEP, (0.5,)),), *options))
+    assert words in said
+    assert "fix:" in said
 
 
 def error_of(result: Result) -> str:
@@ -158,6 +198,7 @@ def test_an_entry_that_nothing_measures_is_refused(run: Callable[..., Result]) -
         ('{"schema": 1, "ratios": {"x": {"ratio": 1}}}', "has a damaged entry 'x'", 'received: {"ratio": 1}'),
         ('{"schema": 1, "ratios": {"x": {"ratio": -1, "tolerance": 1}}}', "has a damaged entry 'x'", "-1"),
         ('{"schema": 1, "ratios": {"x": {"ratio": NaN, "tolerance": 1}}}', "has a damaged entry 'x'", "NaN"),
+        ('{"schema": 1, "ratios": {"x": {"ratio": 1, "tolerance": 1, "runs": 0}}}', "has a damaged entry 'x'", "0}"),
         ('{"schema": 1, "ratios": {"x": {"ratio": true, "tolerance": 1}}}', "has a damaged entry 'x'", "true"),
     ],
 )
