@@ -27,10 +27,10 @@ TEST_OPTIONS ?=
 DEMO_PROMPT ?= a red circle moving right on a black background
 DEMO_CHECKPOINT := $(if $(wildcard demo/checkpoint/model_index.json),demo/checkpoint,out/demo.checkpoint)
 
-.PHONY: help env demo test lint bench-check train-demo full-size clean distclean
+.PHONY: help env demo test lint bench-check profile-pictures train-demo full-size clean distclean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
 env: $(STAMP) ## Create the virtual environment with pinned versions
 
@@ -91,6 +91,10 @@ test: lint ## Check style and types, then run all tests
 
 bench-check: $(STAMP) ## Compare ratios of times with benchmarks/baseline.json (3 minutes on an idle machine)
 	"$(BIN)/python" -m reelforge.tools.bench.check
+
+profile-pictures: $(STAMP) out/demo.bundle/manifest.json ## Make the pictures of docs/profiling.md anew (needs Chromium)
+	"$(BIN)/reelforge" profile out/demo.bundle -o out/demo.profile --repeats 9 --warmup 2 --step-cache easycache:0.05
+	"$(BIN)/python" -m reelforge.tools.profiling.pictures out/demo.profile/report.html -o docs/images
 
 train-demo: $(STAMP) ## Train the demo checkpoint again (about an hour on two cores)
 	"$(BIN)/python" -m demo.train
