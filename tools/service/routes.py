@@ -47,6 +47,16 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorAnswer, "description": about[status]} for status in statuses}
 
 
+_EVENT = {
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "id": {"type": "string", "description": "For Last-Event-ID."},
+        "event": {"enum": ["progress", "preview", "completed", "failed", "cancelled"]},
+        "data": {"type": "string", "description": "JSON: a progress, {step, image}, or at the end the job."},
+    },
+}
+
 _COMMON = _errors(401, 408, 413, 422, 503)
 
 
@@ -138,7 +148,10 @@ def get_content(video_id: JobId, service: TheService, caller: Caller) -> FileRes
     "/videos/{video_id}/events",
     response_class=StreamingResponse,
     responses={
-        200: {"content": {streams.MEDIA_TYPE: {"schema": {"type": "string"}}}, "description": "Server-sent events."},
+        200: {
+            "content": {streams.MEDIA_TYPE: {"schema": _EVENT}},
+            "description": "Server-sent events, each like this.",
+        },
         **_COMMON,
         **_errors(404),
     },
