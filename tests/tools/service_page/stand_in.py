@@ -260,10 +260,10 @@ def write_video(path: Path, frames: int = 25, height: int = 48, width: int = 64)
 
 
 @contextmanager
-def served(app: Any) -> Iterator[str]:
-    """Serve an application on a free port, in a thread; yields its address."""
+def served(app: Any, port: int = 0) -> Iterator[str]:
+    """Serve an application in a thread, on a free port unless one is given; yields its address."""
     settings = uvicorn.Config(
-        app, host="127.0.0.1", port=0, log_level="critical", lifespan="on", timeout_graceful_shutdown=2
+        app, host="127.0.0.1", port=port, log_level="critical", lifespan="on", timeout_graceful_shutdown=2
     )
     server = uvicorn.Server(settings)
     thread = threading.Thread(target=server.run, daemon=True)

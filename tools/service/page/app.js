@@ -7,7 +7,7 @@ import { createStage } from "./stage.js";
 import { announce, find, isActive, showError } from "./dom.js";
 
 const ID = /^video_[0-9a-f]{32}$/;
-const POLL_MS = { busy: 4_000, idle: 20_000 };
+const POLL_MS = { begin: 2_000, busy: 4_000, idle: 20_000 };
 const KEPT_VIDEOS = 4; // in memory, where a key keeps the browser from fetching them itself
 
 const jobs = new Map();
@@ -90,7 +90,7 @@ function watch() {
         const status = data.phase === "queued" ? "queued" : "running";
         jobs.set(id, { ...jobs.get(id), status, progress: data });
         stage.progress(data);
-      } else if (type === "preview") stage.preview(data.image);
+      } else if (type === "preview") stage.newPreview(data.image);
       else if (api.FINAL.has(type)) put(data);
       render();
     },
@@ -215,7 +215,7 @@ async function useKey() {
 function schedule() {
   clearTimeout(polling);
   const busy = [...jobs.values()].some(isActive);
-  polling = setTimeout(poll, busy ? POLL_MS.busy : POLL_MS.idle);
+  polling = setTimeout(poll, POLL_MS[limits === null ? "begin" : busy ? "busy" : "idle"]);
 }
 
 // Ask for what is new, now and then: jobs that are not followed, and those of other windows.

@@ -9,11 +9,12 @@ const PHASES = {
   decoding: "Decoding",
 };
 const TITLES = { queued: "Waiting in the queue", completed: "Ready", failed: "Failed", cancelled: "Cancelled" };
+const STORED_PREVIEW = "reelforge.preview"; // the newest picture, so that a reload need not wait for the next step
 const CALM = window.matchMedia("(prefers-reduced-motion: reduce)");
 
 export function createStage({ onCancel, onDelete, onReuse, loadVideo, explain }) {
   const section = find("stage");
-  const previews = new Map(); // job id -> data URL of its last preview
+  const previews = storedPreview(); // job id -> data URL of its last preview
   let job = null;
   let rate = null;
   let parts = {};
@@ -179,6 +180,15 @@ export function createStage({ onCancel, onDelete, onReuse, loadVideo, explain })
     image.src = address;
   }
 
+  function newPreview(address) {
+    preview(address);
+    try {
+      sessionStorage.setItem(STORED_PREVIEW, JSON.stringify([[job.id, address]]));
+    } catch {
+      sessionStorage.removeItem(STORED_PREVIEW); // larger than what a browser keeps
+    }
+  }
+
   function setLost(value) {
     lost = value;
     if (job) refresh();
@@ -191,6 +201,14 @@ export function createStage({ onCancel, onDelete, onReuse, loadVideo, explain })
 
   show(null);
   build();
-  return { show, progress, preview, setLost, showFailure, previews, focus: () => parts.title.focus() };
+  return { show, progress, newPreview, setLost, showFailure, previews, focus: () => parts.title.focus() };
 }
 
+
+function storedPreview() {
+  try {
+    return new Map(JSON.parse(sessionStorage.getItem(STORED_PREVIEW) ?? "[]"));
+  } catch {
+    return new Map();
+  }
+}
