@@ -49,7 +49,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@# Alone: what they depend on is TensorRT and CUDA themselves. Tests read names in the stubs, drive the bindings' plugin
 	@# module over a stub of its native half, and let CUDA 13.0's assembler judge the attention kernels.
 	"$(BIN)/python" -m pip install --disable-pip-version-check --quiet --no-deps \
-		'tensorrt-stubs==10.13.0.35.1' 'tensorrt-cu13-bindings==11.4.0.106' 'nvidia-cuda-nvcc==13.0.88'
+		'tensorrt-stubs==10.13.0.35.1' 'tensorrt-cu13-bindings==11.4.0.106' 'nvidia-cuda-nvcc==13.0.88' \
+		'tritonclient==2.73.0' 'nvidia-pytriton==0.7.0'
+	@# A Triton server for tests, whose Python backend needs a NumPy older than ours (there is none for Python 3.13).
+	if "$(BIN)/python" -c 'import sys; sys.exit(sys.version_info >= (3, 13))'; then "$(BIN)/python" -m pip install \
+		--disable-pip-version-check --quiet --no-deps --target "$(VENV)/triton_python" 'numpy==1.26.4'; fi
 	@touch "$@"
 
 demo: $(STAMP) ## Build the INT8 demo bundle; generate out/demo.mp4 and the contact sheet out/demo.png
