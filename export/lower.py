@@ -17,8 +17,12 @@ from reelforge.export.passes.lower_block_sparse_attention import LowerBlockSpars
 from reelforge.export.passes.lower_float8 import LowerFloat8Pass
 from reelforge.export.passes.lower_frame_causal_attention import LowerFrameCausalAttentionPass
 from reelforge.export.passes.lower_group_norm import LowerGroupNormPass
+from reelforge.export.passes.lower_integer_attention import LowerIntegerAttentionPass
+from reelforge.export.passes.lower_integer_linear import LowerIntegerLinearPass
 from reelforge.export.passes.lower_key_lengths import LowerKeyLengthsPass
 from reelforge.export.passes.lower_linear import LowerLinearPass
+from reelforge.export.passes.lower_rotation import LowerRotationPass
+from reelforge.export.passes.lower_upsampling import LowerUpsamplingPass
 from reelforge.export.passes.mask_key_lengths import MaskKeyLengthsPass
 from reelforge.export.passes.quantise_attention import AttentionScales, QuantiseAttentionPass
 from reelforge.export.passes.quantise_layers import IntegerInputs, QuantisedLayer, QuantiseLayersPass
@@ -38,6 +42,10 @@ class EightBit:
 
     layers: Mapping[str, QuantisedLayer] = field(default_factory=dict)
     attentions: Mapping[str, AttentionScales] = field(default_factory=dict)
+
+    def attentions_in(self, precision: Precision) -> dict[str, AttentionScales]:
+        """Return the attentions of one precision."""
+        return {name: scales for name, scales in self.attentions.items() if scales.precision is precision}
 
 
 @dataclass(frozen=True)
@@ -92,9 +100,13 @@ def passes_for(
             LowerGroupNormPass(),
             LowerLinearPass(),
             common.RemoveUnusedNodesPass(),  # the transposes: a layer is what alone uses its weight
+            LowerRotationPass(),
+            LowerUpsamplingPass(),
             QuantiseLayersPass(eight_bit.layers, IntegerInputs.UNSIGNED),
-            QuantiseAttentionPass(eight_bit.attentions),
+            QuantiseAttentionPass(eight_bit.attentions_in(Precision.FP8)),
+            LowerIntegerAttentionPass(eight_bit.attentions_in(Precision.INT8)),
             LowerFloat8Pass(),
+            LowerIntegerLinearPass(),
             common.CommonSubexpressionEliminationPass(),
             common.RemoveUnusedNodesPass(),
             common.RemoveUnusedOpsetsPass(),

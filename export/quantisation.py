@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # importing it imports PyTorch
     from reelforge.export.stage import Stage
 
 NUMBER_FORMATS: Mapping[Precision, NumberFormat] = {Precision.INT8: INT8, Precision.FP8: FP8_E4M3}
+_PRECISIONS = {number_format: precision for precision, number_format in NUMBER_FORMATS.items()}
 
 
 @dataclass
@@ -111,12 +112,12 @@ def attention_formats(recipe: Recipe, rules: Mapping[str, StageRules]) -> Format
     """
     if recipe.attention is None:
         return {}
-    if recipe.attention is not Precision.FP8:
+    if recipe.attention not in NUMBER_FORMATS:
         raise RequestError(
             f"attention cannot be computed in {recipe.attention.value}.",
             received=recipe.attention.value,
-            expected="fp8, or nothing for high precision",
-            fix="use --attention fp8",
+            expected="fp8, int8 (for --target cpu), or nothing for high precision",
+            fix="use --attention fp8 or --attention int8",
         )
     return {
         stage: dict.fromkeys(rules[stage].attentions, NUMBER_FORMATS[recipe.attention])
@@ -224,8 +225,9 @@ def plan_quantisation(
                     float(scales.get(stage, name, ScaleKind.QUERY)),
                     float(scales.get(stage, name, ScaleKind.KEY)),
                     float(scales.get(stage, name, ScaleKind.VALUE)),
+                    _PRECISIONS[number_format],
                 )
-                for name in attentions.get(stage, {})
+                for name, number_format in attentions.get(stage, {}).items()
             },
         )
         for stage in {**formats, **attentions, **folded}

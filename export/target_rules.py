@@ -132,12 +132,38 @@ def check_sparse_attention(recipe: Recipe, target: Target) -> None:
         )
 
 
+def check_integer_attention(recipe: Recipe, target: Target) -> None:
+    """Refuse attention in INT8 where nothing computes it.
+
+    Raises:
+        RequestError: Saying which.
+    """
+    if recipe.attention is not Precision.INT8:
+        return
+    if target.backend is not Backend.CPU:
+        raise RequestError(
+            f"the target {target} has no attention in int8: compilers for GPUs refuse it, and plugins have their own.",
+            received="--attention int8",
+            expected="--attention fp8, or none",
+            fix="leave --attention out, or use fp8 where the architecture has it",
+        )
+    if recipe.batch > 1 or recipe.sparse_attention is not None:
+        received = f"--batch {recipe.batch}" if recipe.batch > 1 else "--sparse-attention"
+        raise RequestError(
+            "attention in int8 sees every key: there is no mask between its products.",
+            received=f"--attention int8 and {received}",
+            expected="--batch 1, without --sparse-attention",
+            fix=f"leave --attention int8 or {received.split()[0]} out",
+        )
+
+
 def check_bases(recipe: Recipe, target: Target) -> None:
-    """Refuse a recipe whose base precisions the target's backend does not take.
+    """Refuse a recipe whose base precisions, or whose 8-bit attention, the target's backend does not take.
 
     Raises:
         RequestError: Naming the stages.
     """
+    check_integer_attention(recipe, target)
     rule = BASE_RULES[target.backend]
     for eight_bit, allowed, option in (
         (False, rule.alone, "--precision"),

@@ -66,9 +66,9 @@ if TYPE_CHECKING:
 @recipe_option(build_options)
 @click.option(
     "--attention",
-    type=click.Choice(["fp8", "high"]),
-    help="Quantise the queries, keys and values of dit's attention too. By default attention is in high precision; for "
-    "trt it is in 8 bits either way, by default in plugins of reelforge's own.",
+    type=click.Choice(["fp8", "int8", "high"]),
+    help="Quantise the queries, keys and values of dit's attention too: fp8 for GPUs, int8 for cpu. By default "
+    "attention is in high precision; for trt it is in 8 bits either way, by default in plugins of reelforge's own.",
 )
 @sparse_build_options
 @click.option(

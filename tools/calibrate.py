@@ -31,7 +31,9 @@ from reelforge.tools.quantisation_options import calibration_options, precision_
     help="The scale file. An existing one is replaced when the new one is complete.",
 )
 @click.option("--precision", required=True, help="What will be built: int8, fp8, or for example dit=fp8,llm=int8.")
-@click.option("--attention", type=click.Choice(["fp8"]), help="Also observe the queries, keys and values of dit.")
+@click.option(
+    "--attention", type=click.Choice(["fp8", "int8"]), help="Also observe the queries, keys and values of dit."
+)
 @calibration_options
 @click.option(
     "--state",

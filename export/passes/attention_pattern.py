@@ -94,7 +94,7 @@ def match_attention(node: ir.Node, trusted_tables: Collection[str] = ()) -> Atte
     """
     _check_plain(node)
     query, key, value = (_input(node, index) for index in range(3))
-    rotated = [_rotation(_transposed(operand, name), name) for operand, name in ((query, "q"), (key, "k"))]
+    rotated = [rotation_of(_transposed(operand, name), name) for operand, name in ((query, "q"), (key, "k"))]
     (q, *q_tables), (k, *k_tables) = rotated
     if q_tables != k_tables:
         raise UnmatchedError("q and k are rotated by different tables")
@@ -161,7 +161,7 @@ def _without_cast(value: ir.Value) -> ir.Value:
     return _without_cast(_input(node, 0)) if node is not None and node.op_type == "Cast" else value
 
 
-def _rotation(value: ir.Value, name: str) -> tuple[ir.Value, ir.Value, ir.Value]:
+def rotation_of(value: ir.Value, name: str) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Return what is rotated, and the tables: ``(a, b) -> (a cos - b sin, b cos + a sin)``."""
     what = f"{name} before attention"
     joined = _made_by(_without_cast(value), ["Concat"], what)

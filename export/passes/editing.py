@@ -25,28 +25,30 @@ class GraphEditor:
         self,
         operator: str,
         inputs: Sequence[ir.Value | None],
-        attributes: Mapping[str, int | Sequence[int] | ir.Graph] | None = None,
+        attributes: Mapping[str, int | str | Sequence[int] | ir.Graph] | None = None,
         *,
         kind: ir.TypeProtocol | None = None,
         shape: Sequence[int | None] | None = None,
         name: str = "",
+        domain: str = "",
     ) -> ir.Value:
-        """Add a node of the default domain and return its only output.
+        """Add a node and return its only output.
 
         Args:
             operator: Operator type.
             inputs: Its inputs; None for an absent optional one.
-            attributes: Integers, lists of integers or a subgraph.
+            attributes: Integers, lists of integers, words or a subgraph.
             kind: Type of the output, if it is known.
             shape: Shape of the output, if it is known.
             name: Name of the node; numbered after the anchor by default.
+            domain: Of the operator; the model must import it.
         """
         if not name:
             self._count += 1
             name = f"{self.name}.{operator}" + (f".{self._count}" if self._count > 1 else "")
         output = ir.Value(name=name, type=kind, shape=None if shape is None else ir.Shape(list(shape)))
         node = ir.Node(
-            "",
+            domain,
             operator,
             list(inputs),
             [_attribute(*item) for item in (attributes or {}).items()],
@@ -109,9 +111,11 @@ def output_type(kind: ir.TypeProtocol | None) -> dict[str, int]:
     return {"output_dtype": int(kind.dtype)}
 
 
-def _attribute(name: str, value: int | Sequence[int] | ir.Graph) -> ir.Attr:
+def _attribute(name: str, value: int | str | Sequence[int] | ir.Graph) -> ir.Attr:
     if isinstance(value, ir.Graph):
         return ir.AttrGraph(name, value)
     if isinstance(value, int):
         return ir.AttrInt64(name, value)
+    if isinstance(value, str):
+        return ir.AttrString(name, value)
     return ir.AttrInt64s(name, list(value))

@@ -16,6 +16,7 @@ from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, Precondi
 
 from reelforge.export.passes.editing import GraphEditor, output_type
 from reelforge.export.passes.layers import attention_nodes
+from reelforge.runtime.recipe import Precision
 
 _FLOAT = ir.TensorType(ir.DataType.FLOAT)
 
@@ -25,11 +26,19 @@ SOFTMAX_SCALE = 1.0 / 448.0
 
 @dataclass(frozen=True)
 class AttentionScales:
-    """Scales of one attention's inputs, as the node sees them: normalised and rotated."""
+    """Scales of one attention's inputs, as the node sees them: normalised and rotated.
+
+    Attributes:
+        query: Of the queries.
+        key: Of the keys.
+        value: Of the values.
+        precision: What the scales are for: FP8, which this pass is about, or INT8, see ``lower_integer_attention``.
+    """
 
     query: float
     key: float
     value: float
+    precision: Precision = Precision.FP8
 
 
 class QuantiseAttentionPass(InPlacePass):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from reelforge.calibration.errors import CalibrationError
-from reelforge.calibration.number_formats import FP8_E4M3, INT8
+from reelforge.calibration.number_formats import FP8_E4M3, INT8, NumberFormat
 from reelforge.calibration.rules import SmoothingGroup
 from reelforge.calibration.scale_file import ScaleKind, tensor_name
 from reelforge.export.passes.quantise_layers import ActivationScales
@@ -284,11 +284,12 @@ def test_what_smoothing_changes(tiny: TinyStages) -> None:
 ATTENTIONS = ["double.0.attention", "double.1.attention", "single.0.attention", "single.1.attention"]
 
 
-def test_attention_in_8_bits(tiny: TinyStages) -> None:
+@pytest.mark.parametrize(("precision", "number_format"), [(Precision.FP8, FP8_E4M3), (Precision.INT8, INT8)])
+def test_attention_in_8_bits(tiny: TinyStages, precision: Precision, number_format: NumberFormat) -> None:
     """Whatever the layers' precision: here none of them is in 8 bits."""
-    recipe = Recipe(dict.fromkeys(FAMILY.stage_names, Precision.FP32), attention=Precision.FP8)
+    recipe = Recipe(dict.fromkeys(FAMILY.stage_names, Precision.FP32), attention=precision)
     attentions = attention_formats(recipe, tiny.rules)
-    assert attentions == {"dit": dict.fromkeys(ATTENTIONS, FP8_E4M3)}
+    assert attentions == {"dit": dict.fromkeys(ATTENTIONS, number_format)}
     names = [f"dit.{name}.{kind}" for name in ATTENTIONS for kind in ("query", "key", "value")]
     assert required_scales({}, attentions) == names
     tensors = {name: np.float32(1 + index) for index, name in enumerate(names)}
@@ -298,6 +299,7 @@ def test_attention_in_8_bits(tiny: TinyStages) -> None:
     assert plans["dit"].layers == plans["dit"].folded == {}
     received = [(each.query, each.key, each.value) for each in map(plans["dit"].attentions.__getitem__, ATTENTIONS)]
     assert received == [(1, 2, 3), (4, 5, 6), (7, 8, 9), (10, 11, 12)]
+    assert {each.precision for each in plans["dit"].attentions.values()} == {precision}
 
     tensors.pop("dit.single.1.attention.key")
     with pytest.raises(CalibrationError, match=r"single\.1\.attention"):
@@ -309,14 +311,14 @@ def test_attention_of_stages_that_are_not_built(tiny: TinyStages) -> None:
     assert attention_formats(Recipe({"dit": Precision.INT8}), tiny.rules) == {}
 
 
-@pytest.mark.parametrize("precision", [Precision.INT8, Precision.FP16, Precision.FP32])
+@pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP16, Precision.FP32])
 def test_attention_in_another_precision(tiny: TinyStages, precision: Precision) -> None:
     with pytest.raises(RequestError) as caught:
         attention_formats(Recipe({"dit": Precision.FP32}, attention=precision), tiny.rules)
     for part in (
         f"attention cannot be computed in {precision.value}",
-        f"received: {precision.value}   expected: fp8, or nothing for high precision",
-        "fix: use --attention fp8",
+        f"received: {precision.value}   expected: fp8, int8 (for --target cpu), or nothing for high precision",
+        "fix: use --attention fp8 or --attention int8",
     ):
         assert part in str(caught.value)
 

@@ -55,9 +55,8 @@ def test_a_quantised_bundle(
     for stage in ("llm", "clip", "refiner", "modulation", "vae_decoder"):
         assert code not in weight_types(manifest, stage).values()
     graph = onnx.load(output / "dit.onnx", load_external_data=False).graph
-    assert sum(node.op_type == "DequantizeLinear" and node.input[0].endswith(".weight") for node in graph.node) == len(
-        layers
-    )
+    reads_codes = {"int8": "Transpose", "fp8": "DequantizeLinear"}[precision.value]
+    assert sum(node.op_type == reads_codes and node.input[0].endswith(".weight") for node in graph.node) == len(layers)
     # Nothing of the checkpoint is left in a stage whose weights are rewritten.
     entry = manifest.stage("dit")
     assert entry is not None
@@ -75,15 +74,16 @@ def test_a_quantised_bundle(
 def test_int8_inputs_are_shared_and_spent_on_what_was_seen(
     tiny_checkpoint: Path, output: Path, request_: CalibrationRequest
 ) -> None:
-    """What ONNX Runtime's fast products need: uint8, one QuantizeLinear for q, k and v, and the pairs fused away."""
+    """What ONNX Runtime's fast products need: uint8, one QuantizeLinear for q, k and v, and products of codes."""
     manifest = build(tiny_checkpoint, output, precision=Precision.INT8, calibration=request_)
     graph = onnx.load(output / "dit.onnx", load_external_data=False).graph
     made_by = {name: node for node in graph.node for name in node.output}
     constants = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer if not item.external_data}
     quantised = {}
     for node in graph.node:
-        if node.op_type == "Gemm" and f"{node.name}.weight.scale" in weight_types(manifest, "dit"):
-            quantised[node.name] = made_by[made_by[node.input[0]].input[0]]
+        if node.op_type == "MatMulIntegerToFloat":
+            assert f"{node.name}.weight.scale" in weight_types(manifest, "dit")
+            quantised[node.name] = made_by[node.input[0]]
             assert quantised[node.name].op_type == "QuantizeLinear"
     for block, names in (("double.0.image", "qkv"), ("double.1.text", "qkv"), ("single.1", ["q", "k", "v", "fc1"])):
         assert len({quantised[f"{block}.{name}"].name for name in names}) == 1
@@ -100,8 +100,9 @@ def test_int8_inputs_are_shared_and_spent_on_what_was_seen(
     options.log_severity_level = 3
     onnxruntime.InferenceSession(output / "dit.onnx", options, providers=["CPUExecutionProvider"])
     optimised = [node.op_type for node in onnx.load(output / "optimised.onnx", load_external_data=False).graph.node]
-    assert optimised.count("QGemm") == len(quantised)
-    assert "DequantizeLinear" not in optimised
+    codes = [name for name in weight_types(manifest, "dit") if name.endswith(".weight.scale")]
+    assert optimised.count("MatMulIntegerToFloat") == len(quantised) == len(codes)
+    assert not {"DequantizeLinear", "QGemm"} & set(optimised)
 
 
 def test_two_builds_and_a_build_from_scales_are_equal(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from reelforge.export.engines.requirements import takes
@@ -88,6 +90,37 @@ def test_refusals(target: str, recipe: Recipe, message: str, fix: str) -> None:
         check_bases(recipe, Target.parse(target))
     assert message in str(caught.value)
     assert fix in str(caught.value)
+
+
+INTEGER = Recipe({"dit": INT8}, attention=INT8)
+
+
+def test_attention_in_int8_is_the_cpu_s() -> None:
+    check_bases(INTEGER, Target.parse("cpu"))
+    check_bases(Recipe({"dit": FP32}, attention=INT8), Target.parse("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("target", "recipe", "message", "fix"),
+    [
+        ("cuda", INTEGER, "cuda has no attention in int8", "leave --attention out"),
+        ("rtx:sm89", INTEGER, "rtx:sm89 has no attention in int8: compilers for GPUs refuse it", "use fp8"),
+        ("trt:sm90", INTEGER, "plugins have their own", "use fp8"),
+        ("cpu", replace(INTEGER, batch=2), "sees every key", "leave --attention int8 or --batch out"),
+        (
+            "cpu",
+            replace(INTEGER, sparse_attention=SparseAttention(SparseKind.LISTS)),
+            "no mask between its products",
+            "leave --attention int8 or --sparse-attention out",
+        ),
+    ],
+)
+def test_attention_in_int8_that_is_refused(target: str, recipe: Recipe, message: str, fix: str) -> None:
+    with pytest.raises(RequestError, match=message) as caught:
+        check_bases(recipe, Target.parse(target))
+    assert fix in caught.value.fix
+    assert caught.value.received
+    assert caught.value.expected
 
 
 def sparse(kind: SparseKind = SparseKind.LISTS, query_block: int = 128, key_block: int = 64, batch: int = 1) -> Recipe:
