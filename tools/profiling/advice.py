@@ -15,9 +15,9 @@ from reelforge.tools.profiling.layers import TOP
 from reelforge.tools.profiling.roofline import point, share_of_roof
 from reelforge.tools.profiling.schema import Advice, LayerProfile, LayerTiming, Peak, Summary
 from reelforge.tools.profiling.schema_work import Work
+from reelforge.tools.profiling.summary import LOOP, is_loop
 from reelforge.tools.profiling.work import DENSE_ATTENTION
 
-_LOOP, _DECODER = "dit", "vae_decoder"
 _MANY_TOKENS = 4096  # 32 blocks of 128 queries: below that there is little to leave out
 _POOR, _WORTH_SAYING = 0.25, 0.1
 
@@ -152,11 +152,16 @@ def advise(layers: LayerProfile | None, facts: Facts) -> tuple[Advice, ...]:
 def _fits(rule: Rule, facts: Facts, layer: LayerTiming) -> bool:
     return (
         facts.backend in rule.backends
-        and (not rule.stages or layer.stage in rule.stages)
+        and (not rule.stages or _whole_stage(layer.stage) in rule.stages)
         and (not rule.kinds or layer.kind in rule.kinds)
         and (not rule.precisions or layer.precision in rule.precisions)
         and rule.applies(facts, layer)
     )
+
+
+def _whole_stage(stage: str) -> str:
+    """Return the stage that a part of it belongs to: what is built and asked for is the whole."""
+    return LOOP if is_loop(stage) else stage
 
 
 def _advice(rule: Rule, facts: Facts, layer: LayerTiming) -> Advice:
@@ -167,7 +172,7 @@ def _advice(rule: Rule, facts: Facts, layer: LayerTiming) -> Advice:
     place = point(layer, facts.peak)
     calls = next((stage.calls for stage in facts.warm.stages if stage.stage == layer.stage), 1)
     words = {
-        "stage": layer.stage,
+        "stage": _whole_stage(layer.stage),
         "precision": layer.precision or "high precision",
         "gain": "another multiple" if gain is None else f"{gain:.1f} times",
         "tokens": f"{facts.work.image_tokens:,}",
@@ -198,7 +203,7 @@ def _of_the_run(facts: Facts) -> list[Advice]:
                 load.median_ms,
             )
         )
-    loop_ms = next((stage.run.median_ms for stage in facts.warm.stages if stage.stage == _LOOP), 0.0)
+    loop_ms = sum(stage.run.median_ms for stage in facts.warm.stages if is_loop(stage.stage))
     if facts.work.cfg_scale != NO_GUIDANCE and loop_ms:
         found.append(
             Advice(

@@ -32,12 +32,10 @@ PHASES = {
     "refiner": "conditioning",
     "modulation": "conditioning",
     "dit": "sampling",
-    "guidance": "sampling",
-    "step_change": "sampling",
-    "step_reuse": "sampling",
+    "dit_head": "sampling",
     "vae_decoder": "decoding",
 }
-"""Stage -> what a generation calls its part; memory is reported by it."""
+"""Stage -> what a generation calls its part; memory is reported by it. What else a step needs is lent after ``dit``."""
 
 
 class ProfilingPipeline(Pipeline):

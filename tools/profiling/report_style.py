@@ -37,6 +37,13 @@ PALETTE: dict[str, tuple[str, str]] = {
     "other": ("#3d4752", "#c3ccd6"),
 }
 
+_LIKE = (
+    ("dit_", "dit"),
+    ("input_change", "step_change"),
+    ("head_change", "step_change"),
+    ("token_reuse", "step_reuse"),
+)
+
 TEXT_ON: tuple[tuple[str, str], ...] = (
     ("ink", "page"),
     ("ink", "card"),
@@ -55,7 +62,8 @@ TEXT_ON: tuple[tuple[str, str], ...] = (
 
 
 def colour(name: str) -> str:
-    """Return the CSS for a name of the palette; unknown names are grey."""
+    """Return the CSS for a name of the palette, or for one that is like it; unknown names are grey."""
+    name = next((like for beginning, like in _LIKE if name.startswith(beginning)), name)
     return f"var(--{name if name in PALETTE else 'host'})"
 
 

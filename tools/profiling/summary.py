@@ -6,7 +6,7 @@ Knows records only. Everything is in milliseconds per video unless it says other
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from reelforge.tools.profiling.schema import Kind, PhaseMemory, RunRecord, Span, StageTiming, Summary, Timing
 from reelforge.tools.profiling.statistics import timing
@@ -26,6 +26,16 @@ PARTS = {
 
 REMAINDER = "between"
 LOOP, DECODER = "dit", "vae_decoder"
+
+
+def is_loop(stage: str) -> bool:
+    """Tell whether a stage is the transformer, or a part of one that was cut (``dit_head``)."""
+    return stage == LOOP or stage.startswith(f"{LOOP}_")
+
+
+def is_decoder(stage: str) -> bool:
+    """Tell whether a stage is the decoder."""
+    return stage == DECODER
 
 
 def summarise(records: Sequence[RunRecord], loaded: Sequence[RunRecord] = ()) -> Summary | None:
@@ -49,8 +59,8 @@ def summarise(records: Sequence[RunRecord], loaded: Sequence[RunRecord] = ()) ->
             span.duration_ms for record in records for span in of_kind(record, Kind.SKIPPED_STEP)
         ),
         skips=len(of_kind(records[0], Kind.SKIPPED_STEP)),
-        step_gaps=_timing_or_none(gap for record in records for gap in gaps(record, LOOP)),
-        tile_gaps=_timing_or_none(gap for record in records for gap in gaps(record, DECODER)),
+        step_gaps=_timing_or_none(gap for record in records for gap in gaps(record, is_loop)),
+        tile_gaps=_timing_or_none(gap for record in records for gap in gaps(record, is_decoder)),
         copies=_copies(records),
         copied_bytes=_copied_bytes(records[0]),
         memory=_memory(records),
@@ -68,14 +78,14 @@ def steps_of(record: RunRecord) -> list[Span]:
     return sorted(found, key=lambda span: span.start_ms)
 
 
-def gaps(record: RunRecord, stage: str) -> list[float]:
-    """Return how long the host let a stage's engine wait between its calls; other engines' time is not the host's."""
+def gaps(record: RunRecord, among: Callable[[str], bool]) -> list[float]:
+    """Return how long the host let some stages' engines wait between their calls; others' time is not the host's."""
     found: list[float] = []
     seen, waited, end = False, 0.0, 0.0
     for span in sorted(of_kind(record, Kind.RUN), key=lambda span: span.start_ms):
         waited += max(0.0, span.start_ms - end)
         end = span.end_ms
-        if span.stage == stage:
+        if among(span.stage):
             if seen:
                 found.append(waited)
             seen, waited = True, 0.0

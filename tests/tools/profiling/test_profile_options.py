@@ -16,8 +16,9 @@ from reelforge.tools.profiling.advice import Facts, advise
 from reelforge.tools.profiling.compare import compare, unequal_work
 from reelforge.tools.profiling.files import read_profile
 from reelforge.tools.profiling.report_html import report
+from reelforge.tools.profiling.report_style import colour
 from reelforge.tools.profiling.schema import Kind, Profile, RunRecord, Span
-from reelforge.tools.profiling.summary import gaps, steps_of, summarise
+from reelforge.tools.profiling.summary import gaps, is_loop, steps_of, summarise
 from reelforge.tools.profiling.terminal import single_rows
 from reelforge.tools.profiling.trace import trace_of
 from reelforge.tools.profiling.work import attention_words, options_words, step_cache_words
@@ -174,7 +175,19 @@ def test_a_gap_is_the_hosts_time_and_not_that_of_other_engines() -> None:
         Span("dit 3", Kind.RUN, "dit", 28.5, 10.0),
     )
     record = RunRecord("warm", "my.bundle", 40.0, spans, (), None, complete=True)
-    assert gaps(record, "dit") == pytest.approx([3.0, 0.5])
+    assert gaps(record, is_loop) == pytest.approx([3.0, 0.5])
+
+
+def test_parts_of_a_transformer_that_was_cut_are_the_loop() -> None:
+    assert [stage for stage in ("dit", "dit_head", "dit_tail", "llm", "ditto") if is_loop(stage)] == [
+        "dit", "dit_head", "dit_tail",
+    ]  # fmt: skip
+    assert colour("dit_body") == colour("dit") != colour("something")
+    part = replace(LAYERS, layers=tuple(replace(layer, stage="dit_body") for layer in LAYERS.layers))
+    made = profile()
+    assert made.warm is not None
+    found = advise(part, Facts(WORK, PEAK, made.warm, made.cold))
+    assert any("--precision dit=int8" in one.action for one in found)
 
 
 def test_advice_with_a_step_cache_is_about_its_threshold() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from reelforge.tools.profiling.layers import NodeTime, layer_profile, no_layers, stage_layers
-from reelforge.tools.profiling.summary import gaps, summarise
+from reelforge.tools.profiling.summary import gaps, is_decoder, is_loop, summarise
 from reelforge.tools.profiling.trust import noise_notes
 from tests.tools.profiling.profiles import LAYERS, profile, run
 
@@ -49,8 +49,8 @@ def test_loading_during_the_warm_up_counts() -> None:
 
 
 def test_gaps_are_between_calls_of_one_stage() -> None:
-    assert gaps(run(), "dit") == pytest.approx([1, 1])
-    assert gaps(run(), "vae_decoder") == []
+    assert gaps(run(), is_loop) == pytest.approx([1, 1])
+    assert gaps(run(), is_decoder) == []
 
 
 def node(name: str, operator: str, ms: float, flops: int = 0, precision: str = "") -> NodeTime:
