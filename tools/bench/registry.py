@@ -173,6 +173,16 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         options=("-o", "benchmarks/runtime.md"),
     ),
     Benchmark(
+        "service",
+        "service",
+        "The service: 64 clients beside one pipeline, kill -9, full disks and other faults, schemathesis, audit.",
+        "15 min",
+        "pip-audit through --pip-audit; the full disk needs the right to mount",
+        "service.md",
+        ("-o", "benchmarks/service.md"),
+        ("fastapi", "schemathesis", "onnxruntime"),
+    ),
+    Benchmark(
         "soak",
         "runtime_soak",
         "Hundreds of mixed requests on one pipeline: do memory, files or threads grow?",

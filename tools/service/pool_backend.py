@@ -99,7 +99,10 @@ class PoolBackend:
         except ClosedError:
             raise
         except ReelforgeError as error:
-            raise self._lost(error) or error from error
+            lost = self._lost(error)
+            if lost is None:
+                raise
+            raise lost from error
         watch = threading.Thread(target=_watch, args=(job, cancelled), name=f"reelforge-watch-{job_id}", daemon=True)
         watch.start()
         try:
@@ -111,7 +114,10 @@ class PoolBackend:
                     else:
                         on_event(event)
         except ReelforgeError as error:
-            raise (self._lost(error) if job.device is None else None) or error from error
+            lost = self._lost(error) if job.device is None else None
+            if lost is None:
+                raise
+            raise lost from error
         finally:
             if not job.done:
                 job.cancel("its video cannot be written")

@@ -25,6 +25,8 @@ class ServiceProcess:
     data: Path
     options: Sequence[str] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    threads: int | None = 1
+    before: str = ""  # run in the process, for example to tamper with its clock
     process: subprocess.Popen[bytes] | None = None
     url: str = ""
 
@@ -34,9 +36,11 @@ class ServiceProcess:
 
     def start(self, ready: bool = True) -> None:
         before = self.log.stat().st_size if self.log.exists() else 0
-        command = [sys.executable, "-c", _START, "serve", str(self.bundle), "--data", str(self.data), "--port", "0"]
-        command += ["--threads", "1", "--min-free", "0", *self.options]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **self.environment}
+        start = self.before + _START
+        command = [sys.executable, "-c", start, "serve", str(self.bundle), "--data", str(self.data), "--port", "0"]
+        threads = [] if self.threads is None else ["--threads", str(self.threads)]
+        command += [*threads, "--min-free", "0", *self.options]
+        environment = {**os.environ, **self.environment}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, stderr=log, stdout=log, env=environment)
         end = time.monotonic() + WAIT_S
