@@ -118,8 +118,8 @@ BENCHMARKS: tuple[Benchmark, ...] = (
         "peers-cpu",
         "peers_cpu",
         "A step beside diffusers, OpenVINO and ONNX Runtime on torch.onnx.export; that export at growing depth.",
-        "25 min",
-        "60 GB of disk; OpenVINO through --openvino-python",
+        "20 min",
+        "60 GB of disk, 14 GB of memory; OpenVINO through --openvino-python",
         "peers_cpu.md",
     ),
     Benchmark(
