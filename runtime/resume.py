@@ -5,6 +5,7 @@ The module knows neither engines nor why a step failed.
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from reelforge.runtime.errors import OutputError, RequestError
 from reelforge.runtime.events import FloatArray
 from reelforge.runtime.latents_file import write_latents
 from reelforge.runtime.sampling import SamplingError
+
+_STEP = re.compile(r"\.step-(\d+)$")
 
 
 def check_first_step(first_step: int, steps: int, latents: FloatArray | None) -> None:
@@ -44,7 +47,7 @@ def keep_stopped(stop: Stop, save_latents: Path, step: int, latents: FloatArray)
     """
     if stop.keeps and step > 0:
         with suppress(OutputError):
-            write_latents(_path(save_latents, step), latents)
+            write_latents(step_file(save_latents, step), latents)
 
 
 def kept(error: SamplingError, save_latents: Path) -> SamplingError:
@@ -53,12 +56,13 @@ def kept(error: SamplingError, save_latents: Path) -> SamplingError:
     The file of ``x.npy`` is ``x.step-7.npy`` if ``first_step=7`` goes on with it. If it cannot be written, the error is
     the one that was there: it carries the latents, too.
     """
-    path = _path(save_latents, error.step)
+    path = step_file(save_latents, error.step)
     try:
         write_latents(path, error.latents)
     except OutputError:
         return error
-    go_on = f"the steps before are kept in {str(path)!r}: go on with latents= of it and first_step={error.step}"
+    how = f"--resume, or latents= of it and first_step={error.step}"
+    go_on = f"the steps before are kept in {str(path)!r}: go on with {how}"
     return SamplingError(
         error.where,
         error.step,
@@ -69,5 +73,23 @@ def kept(error: SamplingError, save_latents: Path) -> SamplingError:
     )
 
 
-def _path(save_latents: Path, step: int) -> Path:
+def step_file(save_latents: Path, step: int) -> Path:
+    """Return where the latents before ``step`` are kept: ``x.step-7.npy`` for ``x.npy`` and 7."""
     return save_latents.with_name(f"{save_latents.stem}.step-{step}{save_latents.suffix}")
+
+
+def step_of(path: Path) -> int:
+    """Return the step that goes on with the latents of a file, from its name.
+
+    Raises:
+        RequestError: If the name does not say it.
+    """
+    found = _STEP.search(path.stem)
+    if found is None:
+        raise RequestError(
+            f"the name of {str(path)!r} does not say which step goes on with it.",
+            received=path.name,
+            expected="the name that a run gave it which failed or was interrupted, such as x.step-7.npy",
+            fix="give it its name again; final latents, without a step, are for reelforge decode",
+        )
+    return int(found[1])

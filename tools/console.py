@@ -32,6 +32,10 @@ Exit codes:
 """
 
 
+class InterruptedRunError(Exception):
+    """Ctrl-C, where something is kept of what was done; the text says what, and how to go on."""
+
+
 def run(command: click.Command, arguments: list[str] | None = None, name: str | None = None) -> NoReturn:
     """Run a command line to its end and exit.
 
@@ -49,6 +53,9 @@ def run(command: click.Command, arguments: list[str] | None = None, name: str | 
         sys.exit(error.exit_code)
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
+    except InterruptedRunError as error:
+        click.echo(str(error), err=True)
+        sys.exit(INTERRUPTED)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted; nothing was written.", err=True)
         sys.exit(INTERRUPTED)

@@ -13,15 +13,20 @@ from pathlib import Path
 import click
 
 from reelforge.runtime.attention.table import chosen_table
-from reelforge.runtime.bundle.open import Check
+from reelforge.runtime.budget import LEAST, parse_budget
+from reelforge.runtime.bundle.check import Check
+from reelforge.runtime.control import Stop
 from reelforge.runtime.engines.engine import EngineOptions
-from reelforge.runtime.errors import OutputError, RequestError
+from reelforge.runtime.errors import CancelledError, OutputError, RequestError
+from reelforge.runtime.latents_file import read_latents
 from reelforge.runtime.pipeline import Pipeline
 from reelforge.runtime.request import Request
+from reelforge.runtime.resume import step_of
 from reelforge.runtime.step_cache.settings import StepCache
 from reelforge.runtime.video import VideoWriter
 from reelforge.tools import console
 from reelforge.tools.attention_options import attention_options
+from reelforge.tools.interruption import Unfinished, finishing_the_step
 from reelforge.tools.video_events import open_bundle, progress_bars, write_video
 
 
@@ -67,9 +72,23 @@ from reelforge.tools.video_events import open_bundle, progress_bars, write_video
     help="What ONNX Runtime computes with, for bundles of --target cuda.  [default: cuda]",
 )
 @click.option(
+    "--memory-budget",
+    metavar="SIZE",
+    help="What loaded stages may take where they compute, such as 20GiB or 8GB; a video for which it does not suffice "
+    "is refused at once.  [default: least, one stage at a time]",
+)
+@click.option(
     "--save-latents",
     type=click.Path(path_type=Path),
-    help="Also write the final latents to this .npy file, before decoding starts.",
+    help="Also write the final latents to this .npy file, before decoding starts. If a step fails, or at Ctrl-C, what "
+    "the steps before made is kept beside it, as FILE.step-N.npy.",
+)
+@click.option(
+    "--resume",
+    type=click.Path(path_type=Path),
+    metavar="FILE.step-N.npy",
+    help="Go on with what a run with --save-latents kept; all other options as they were. Final latents are for "
+    "`reelforge decode`.",
 )
 @click.option(
     "--check",
@@ -100,7 +119,9 @@ def generate(
     threads: int | None,
     device: int,
     provider: str | None,
+    memory_budget: str | None,
     save_latents: Path | None,
+    resume: Path | None,
     check: str,
     as_json: bool,
 ) -> None:
@@ -116,6 +137,7 @@ def generate(
       reelforge generate my.bundle -p "a red ball" --frames 1 -o ball.png
       reelforge generate my.bundle -p "a red ball" -o frames/%04d.png --json
       reelforge generate my.bundle -p "a red ball" -o ball.mp4 --step-cache easycache:0.025
+      reelforge generate my.bundle -p "a red ball" -o ball.mp4 --save-latents ball.npy --resume ball.step-7.npy
       reelforge generate sparse.bundle -p "a red ball" -o ball.mp4 --attention radial --dense-steps 5
     """  # noqa: D301 - \b is click's mark for text that it does not wrap
     request = Request(
@@ -135,15 +157,30 @@ def generate(
     started = time.monotonic()
     with progress_bars(hidden=as_json) as bars:
         options = EngineOptions(threads=threads, device=device, provider=provider)
-        pipeline = Pipeline(open_bundle(bundle, Check(check), bars), options)
+        parse_budget(memory_budget)  # what it does not understand is said before the bundle is read
+        first_step, latents = (0, None) if resume is None else (step_of(resume), read_latents(resume))
+        pipeline = Pipeline(open_bundle(bundle, Check(check), bars), options, memory_budget or LEAST)
         resolved = pipeline.resolve(request)
         if save_latents is not None:
             _require_writable(save_latents)
         shape = resolved.shape
         rate = pipeline.spec.defaults.frames_per_second
+        stop = Stop()
+        events = pipeline.stream(request, latents, save_latents, stop, first_step=first_step)
         with pipeline, VideoWriter(output, shape.height, shape.width, shape.frames, rate) as video:
-            told = write_video(pipeline.stream(request, save_latents=save_latents), bars, video)
+            if save_latents is None:
+                told = write_video(events, bars, video)
+            else:
+                unfinished = Unfinished(save_latents)
+                try:
+                    with finishing_the_step(stop):
+                        told = write_video(unfinished.watch(events), bars, video)
+                except (CancelledError, KeyboardInterrupt) as error:
+                    step_was_finished = isinstance(error, CancelledError)
+                    raise console.InterruptedRunError(unfinished.advice(bundle, output, step_was_finished)) from None
     seconds = time.monotonic() - started
+    if first_step and resolved.step_cache is not None:
+        told.notices.append("step caching began anew at the step: the video is not quite that of one run.")
     for notice in told.notices:
         console.print_notice(notice)
     if as_json:
@@ -162,6 +199,7 @@ def generate(
             "negative_prompt": resolved.negative_prompt,
             "shift": resolved.shift,
             "attention": resolved.attention.pattern.value,
+            "first_step": first_step,
             "latents": None if save_latents is None else str(save_latents),
             "seconds": round(seconds, 3),
             "notices": told.notices,

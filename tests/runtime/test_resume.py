@@ -66,7 +66,7 @@ def test_a_run_goes_on_where_it_failed(
         failing.generate(REQUEST, save_latents=tmp_path / "x.npy")
     path = tmp_path / f"x.step-{step}.npy"
     assert list(tmp_path.glob("*.npy")) == [path]
-    assert f"are kept in '{path}': go on with latents= of it and first_step={step}" in str(caught.value)
+    assert f"are kept in '{path}': go on with --resume, or latents= of it and first_step={step}" in str(caught.value)
     assert with_nan or "fix: water; the steps" in str(caught.value)
     assert caught.value.step == step
     np.testing.assert_array_equal(np.load(path), caught.value.latents)
