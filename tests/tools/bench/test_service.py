@@ -1,0 +1,68 @@
+"""The service's benchmark: what it counts, and its quick drills on the fake bundle."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from reelforge.tools.bench import service_contract, service_kills, service_load
+from reelforge.tools.bench.service_load import Timings
+from tests.runtime.fake_bundle import write_fake_bundle
+
+
+def test_requests_differ() -> None:
+    bodies = service_load.requests(40)
+    assert len({json.dumps(body) for body in bodies}) == 40
+    assert {body["size"] for body in bodies} == {f"{width}x{height}" for width, height, _, _ in service_load.SIZES}
+
+
+def test_the_load_in_words() -> None:
+    fine = Timings([0.01, 0.02, 0.2], [0.1, 0.2, 0.3], ["a", "b", "c"], ["completed"] * 3, seconds=10.0)
+    lost = Timings([0.01, 0.02, 0.2], [0.1, 0.2, 0.3], ["a", "b", "c"], ["completed", "", "failed"], seconds=20.0)
+    lines = "\n".join(service_load._lines([10.0], {"with previews": [fine], "--no-previews": [lost]}, 3))
+    assert "| with previews | 20 | 200 | 200 | 300 | 0.30 | 1.000 |" in lines
+    assert "| at least 0.97x of a loop, with previews | 1.000x | met |" in lines
+    assert "| at least 0.97x of a loop, --no-previews | 0.500x | **missed** |" in lines
+    assert "| no accepted job is lost | 2 lost | **missed** |" in lines
+
+
+@pytest.mark.parametrize("trouble", ["", "lost", "twice", "half", "bytes"])
+def test_kills_in_words(tmp_path: Path, trouble: str) -> None:
+    for folder in ("videos", "work"):
+        (tmp_path / folder).mkdir()
+    for job, content in (("a", b"1"), ("b", b"1" if trouble != "bytes" else b"2")):
+        (tmp_path / "videos" / f"{job}.mp4").write_bytes(content)
+    rows = [("a", "completed", 2, 1), ("b", "completed" if trouble != "lost" else "failed", 1, 0)]
+    rows += [("c", "queued", 0, 0)] if trouble == "twice" else []
+    if trouble == "half":
+        (tmp_path / "work" / "x.mp4").write_bytes(b"")
+    feeder = service_kills.Feeder(({}, {}), 0.1, promised={"a": 0, "b": 0})
+    told = "\n".join(service_kills._lines(tmp_path, feeder, rows, Counter(sampling=2), 0))
+    goals = [line for line in told.splitlines() if line.endswith(("met |", "**missed** |"))]
+    wrong = {"lost": "no accepted", "twice": "twice", "half": "half-written", "bytes": "same bytes"}.get(trouble)
+    missed = [line for line in goals if "**missed**" in line]
+    assert len(goals) == 4
+    assert any(wrong in line for line in missed) if wrong else not missed
+
+
+def test_verdicts_of_the_auditor() -> None:
+    hole = {"dependencies": [{"name": "x", "version": "1", "vulns": [{"id": "CVE-1"}]}]}
+    assert service_contract._verdict(json.dumps(hole)) == ("1 packages, 0 unknown: x CVE-1", "**missed**")
+    hole["dependencies"][0]["vulns"] = []
+    assert service_contract._verdict(json.dumps(hole)) == ("1 packages, 0 unknown: nothing", "met")
+    unknown = {"dependencies": [{"name": "x", "skip_reason": "not found"}]}
+    assert service_contract._verdict(json.dumps(unknown))[1] == "**not audited**"
+    assert service_contract._verdict("a traceback")[1] == "**not audited**"
+    assert {"starlette", "pydantic", "h11"} <= service_contract._closure(service_contract.SERVE)
+
+
+def test_a_drill_on_a_real_process(tmp_path: Path) -> None:
+    from reelforge.tools.bench import service_faults
+
+    write_fake_bundle(tmp_path / "fake.bundle")
+    (tmp_path / "drill").mkdir()
+    done, seen, right = service_faults.damaged_before(tmp_path / "fake.bundle", tmp_path / "drill")
+    assert (seen, right) == ("exit code 4", True), done
