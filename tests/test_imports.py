@@ -24,8 +24,8 @@ PACKAGES = ("runtime", "plugins", "calibration", "export", "tools")
 RUNTIME_LIBRARIES = {"av", "numpy", "onnxruntime", "tokenizers"}
 COMPILER_LIBRARIES = ("torch", "onnx", "onnx_ir", "onnxscript", "transformers", "diffusers", "safetensors", "ml_dtypes")
 WITHOUT_COMPILER = (  # modules of tools/
-    "main", "console", "generate", "inspect_bundle", "profile", "profiling.layers_tensorrt", "profiling.report_html",
-    "profiling.session", "synthesize",
+    "main", "console", "export_triton", "generate", "inspect_bundle", "profile", "profiling.layers_tensorrt",
+    "profiling.report_html", "profiling.session", "synthesize", "triton.model",
 )  # fmt: skip
 
 

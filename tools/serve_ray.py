@@ -49,7 +49,6 @@ _DEFAULTS = Limits()
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Threads per operator.  [default: --cpus, at least 1]")
 @click.option("--memory-budget", help="Of each pipeline: 20GiB, least.  [default: see docs/runtime.md]")
-@click.option("--drain", type=Duration(), default="60s", show_default=True, help="As for reelforge serve.")
 @click.option("--retention", type=Duration(), default="7d", show_default=True, help="How long videos are kept.")
 @click.option("--queue", type=click.IntRange(min=1), default=_DEFAULTS.waiting, show_default=True, help="Waiting jobs.")
 @click.option("--max-steps", type=click.IntRange(min=1), default=_DEFAULTS.steps, show_default=True, help="Per video.")
@@ -67,7 +66,6 @@ def serve_ray(
     keys: Path | None,
     threads: int | None,
     memory_budget: str | None,
-    drain: float,
     retention: float,
     queue: int,
     max_steps: int,
@@ -76,7 +74,8 @@ def serve_ray(
     """Serve videos from BUNDLE on a Ray cluster: the API and page of `reelforge serve`, over many pipelines.
 
     BUNDLE lies at the same path on every machine. A replica that is lost loses no job, and neither does the front,
-    whose jobs are in --data. SIGTERM or Ctrl-C ends the service; jobs that have not ended go on with the next start.
+    whose jobs are in --data. SIGTERM or Ctrl-C ends the service; jobs that run stop before their next step, their
+    latents are kept, and the next start goes on with them.
 
     \b
     Examples:
@@ -95,7 +94,6 @@ def serve_ray(
         origins=origins,
         threads=threads or max(int(cpus), 1),
         memory_budget=memory_budget,
-        drain_s=drain,
     )
     if not settings.keys and host not in ("127.0.0.1", "::1", "localhost"):
         console.print_notice(f"there are no API keys: everyone who reaches {host} may use the service")
@@ -107,9 +105,6 @@ def serve_ray(
             expected="the extra 'ray'",
             fix="pip install 'reelforge[ray]'",
         ) from error
-    over = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: over.set())
     try:
         connect(address)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -119,6 +114,10 @@ def serve_ray(
             expected="a cluster begun with `ray start --head`",
             fix="check --address, or leave it out for a cluster of this machine alone",
         ) from error
+    over = threading.Event()
+    # Ray has handlers of its own, which abort the process.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: over.set())
     try:
         deploy(settings, Scale(least, most, cpus, grow, shrink))
         click.echo(f"serving {bundle.name} at http://{host}:{port} with {replicas} replicas", err=True)

@@ -31,6 +31,7 @@ APPLICATION, PIPELINES, FRONT = "reelforge", "Pipelines", "Front"
 
 _LOST = (RayActorError, WorkerCrashedError, BackPressureError, DeploymentUnavailableError)
 _CONNECTIONS = 1000  # of the front at once: streams of events are open as long as someone looks
+_UNIT_OF_WORK_S = 90.0  # what a step or a tile may take until it hears that it is to stop
 _HEAD = "node:__internal_head__"  # a resource that Ray gives the cluster's first machine
 
 
@@ -140,7 +141,7 @@ def _front(settings: Settings, most: int, pipelines: serve.Application) -> serve
         num_replicas=1,
         max_ongoing_requests=_CONNECTIONS,
         ray_actor_options={"num_cpus": 0, "resources": {_HEAD: 0.001}},
-        graceful_shutdown_timeout_s=settings.drain_s + 30.0,
+        graceful_shutdown_timeout_s=_UNIT_OF_WORK_S,
     )
     return make_deployment(Front).bind(pipelines)
 

@@ -95,9 +95,7 @@ def client(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
         port = listener.getsockname()[1]
     data = tmp_path_factory.mktemp("service") / "data"
     limits = Limits(steps=100_000)
-    settings = Settings(
-        bundle, data, port=port, limits=limits, threads=1, previews=False, drain_s=1.0, least_free_bytes=0
-    )
+    settings = Settings(bundle, data, port=port, limits=limits, threads=1, previews=False, least_free_bytes=0)
     connect(None, num_cpus=2, num_gpus=0, object_store_memory=100 << 20, include_dashboard=False)
     try:
         deploy(settings, Scale(least=1, most=2, grow_s=0.5, shrink_s=4.0, finish_s=60.0))
