@@ -22,14 +22,14 @@ from reelforge.tools.service import metrics, routes
 from reelforge.tools.service.backend import Backend
 from reelforge.tools.service.guard import Guard
 from reelforge.tools.service.page_routes import page_router
-from reelforge.tools.service.problems import ServiceError, StoreBusyError
+from reelforge.tools.service.problems import ServiceError, StoreBusyError, invalid
 from reelforge.tools.service.schema import State
 from reelforge.tools.service.service import Phase, Service, busy
 from reelforge.tools.service.settings import Settings
 
 _log = logging.getLogger(__name__)
 
-_CODES = {404: "not_found", 405: "method_not_allowed", 400: "bad_request"}
+_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
 def create_application(
@@ -125,6 +125,8 @@ def _add_errors(application: FastAPI) -> None:
 
     @application.exception_handler(HTTPException)
     async def by_the_framework(_: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 400:  # JSON that Python cannot hold: lone surrogates, thousands of digits or brackets
+            return answer(invalid(["body: it cannot be read as JSON"]))
         problem = ServiceError(error.status_code, _CODES.get(error.status_code, "error"), str(error.detail))
         return JSONResponse(problem.body, error.status_code, dict(error.headers or {}))
 
