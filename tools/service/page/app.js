@@ -244,7 +244,7 @@ async function poll() {
 async function begin() {
   const given = await api.limits();
   form.setLimits(given);
-  find("model").textContent = given.model;
+  find("model").textContent = given.model.replace(/\.bundle$/, "");
   find("key-field").hidden = !given.needs_key;
   find("key").value = api.key.get();
   limits = given;
