@@ -17,14 +17,16 @@ from reelforge.tools.service.metrics import Metrics
 from reelforge.tools.service.problems import ServiceError
 from reelforge.tools.service.settings import ANYONE, Settings, caller_of
 
-GUARDED = "/v1/"
-OPEN = frozenset({"/v1/limits"})
+OPEN = frozenset({"/", "/v1/limits", "/healthz", "/readyz", "/metrics", "/openapi.json", "/favicon.ico"})
+OPEN_FOLDER = "/page/"
+"""What needs no key. Everything else does, also what does not exist: a path that is spelt oddly opens nothing."""
+
 BODY_S = 30.0
 """How long a body may take to arrive."""
 
 
 class Guard:
-    """Asks for keys below ``/v1/``, reads bodies up to the limit, and counts answers.
+    """Asks for keys, reads bodies up to the limit, and counts answers.
 
     ``scope["state"]["caller"]`` is the caller's name for everything that follows.
     """
@@ -43,7 +45,7 @@ class Guard:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers.setdefault("X-Content-Type-Options", "nosniff")
-                if scope["path"].startswith(GUARDED):
+                if not _open(scope):
                     headers.setdefault("Cache-Control", "no-store")
                 labels = (_method(scope["method"]), str(message["status"]))
                 self._metrics.http_seconds.labels(*labels).observe(time.monotonic() - started)
@@ -60,8 +62,7 @@ class Guard:
         await self._app(scope, _replayed(body, receive), answer)
 
     def _caller(self, scope: Scope) -> str:
-        path = scope["path"]
-        if not self._settings.keys or not path.startswith(GUARDED) or path in OPEN or scope["method"] == "OPTIONS":
+        if not self._settings.keys or _open(scope) or scope["method"] == "OPTIONS":
             return ANYONE
         kind, _, secret = Headers(scope=scope).get("authorization", "").partition(" ")
         caller = caller_of(secret.strip(), self._settings.keys) if kind.lower() == "bearer" else None
@@ -89,6 +90,13 @@ class Guard:
                         return bytes(body)
         except TimeoutError as error:
             raise ServiceError(408, "timeout", f"the body did not arrive within {BODY_S:g} s") from error
+
+
+def _open(scope: Scope) -> bool:
+    path, root = scope["path"], scope.get("root_path", "").rstrip("/")
+    if root and path.startswith(f"{root}/"):  # mounted below a prefix
+        path = path[len(root) :]
+    return path in OPEN or path.startswith(OPEN_FOLDER)
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from reelforge.runtime.errors import ReelforgeError
+from reelforge.runtime.errors import OutputError, ReelforgeError
 
 
 class ServiceError(ReelforgeError):
@@ -50,6 +50,8 @@ class ServiceError(ReelforgeError):
 
 class StoreBusyError(ReelforgeError):
     """The database is locked by somebody else, or has no room; asked later, it may work."""
+
+    exit_code = OutputError.exit_code
 
 
 def not_found() -> ServiceError:

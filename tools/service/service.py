@@ -136,8 +136,9 @@ class Service:
         self._dispatcher.drain(0.0)
         if not at_once:
             self._dispatcher.wait_until_idle(_UNIT_OF_WORK_S)
-            self._loader.join()
-            self._backend.close(0.0)
+            self._loader.join(_UNIT_OF_WORK_S)
+            if not self._loader.is_alive():  # what is still being opened ends with the process
+                self._backend.close(0.0)
         self._dispatcher.close()
         self._store.close()
         self._videos.close()

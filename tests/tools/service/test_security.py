@@ -36,6 +36,20 @@ def test_keys_are_asked_for(serve: Serve) -> None:
     assert client.get("/healthz").status_code == client.get("/metrics").status_code == 200
 
 
+def test_keys_are_asked_for_below_a_prefix_and_for_odd_paths(serve: Serve, settings: Settings) -> None:
+    from starlette.applications import Starlette
+    from starlette.routing import Mount
+    from starlette.testclient import TestClient
+
+    client = serve(keys=KEYS)
+    for path in ("//v1/videos", "/V1/videos", "/v1/videos/", "/page/../v1/videos", "/x/v1/videos", "/v1//limits"):
+        assert client.get(path).status_code in (401, 404), path
+    below = TestClient(Starlette(routes=[Mount("/prefix", client.app)]))
+    assert below.get("/prefix/v1/videos").status_code == 401
+    assert below.get("/prefix/v1/videos", headers=bearer(ANN)).json()["data"] == []
+    assert below.get("/prefix/v1/limits").status_code == below.get("/prefix/healthz").status_code == 200
+
+
 def test_jobs_of_others_are_not_there(serve: Serve) -> None:
     client = serve(keys=KEYS)
     job_id = submit(client, headers=bearer(ANN))
