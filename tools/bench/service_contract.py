@@ -13,8 +13,8 @@ from pathlib import Path
 from reelforge.tools.bench import report
 from tests.tools.service.process import ServiceProcess
 
-EXAMPLES = 150
-LIMIT_S = 150
+EXAMPLES = 100
+LIMIT_S = 90
 SERVE = ("fastapi", "prometheus-client", "uvicorn")
 _CHECKS = (
     "not_a_server_error",
