@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from pathlib import Path
 
 import click
 
+from reelforge.runtime.bundle.open import Bundle, Check
 from reelforge.runtime.errors import EngineError, RequestError
 from reelforge.tools import console
 from reelforge.tools.serve import Duration
 from reelforge.tools.service.settings import KEYS_VARIABLE, Limits, Settings, keys_of_file, keys_of_text
 
 _DEFAULTS = Limits()
+_REACHABLE_S = 10.0
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]}, epilog=console.EXIT_CODES)
@@ -95,6 +98,7 @@ def serve_ray(
         threads=threads or max(int(cpus), 1),
         memory_budget=memory_budget,
     )
+    Bundle.open(settings.bundle, Check.SIZES)  # before a cluster is begun for it
     if not settings.keys and host not in ("127.0.0.1", "::1", "localhost"):
         console.print_notice(f"there are no API keys: everyone who reaches {host} may use the service")
     try:
@@ -106,8 +110,9 @@ def serve_ray(
             fix="pip install 'reelforge[ray]'",
         ) from error
     try:
+        _require_reachable(address)
         connect(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise RequestError(
             "there is no Ray cluster to connect to.",
             received=str(error).strip().splitlines()[0],
@@ -130,6 +135,13 @@ def serve_ray(
         ) from error
     finally:
         end()
+
+
+def _require_reachable(address: str | None) -> None:
+    """Raise OSError if nobody listens at ``HOST:PORT``, for which Ray itself would wait for minutes."""
+    host, separator, port = (address or "").rpartition(":")
+    if separator and port.isdecimal() and "/" not in host:
+        socket.create_connection((host, int(port)), _REACHABLE_S).close()
 
 
 def replica_range(text: str) -> tuple[int, int]:

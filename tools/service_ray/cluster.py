@@ -154,7 +154,7 @@ def connect(address: str | None, **options: Any) -> None:
         options: Of ``ray.init``.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone unless somebody wants it
-    ray.init(address=address, log_to_driver=False, **options)
+    ray.init(address=address or "local", log_to_driver=False, **options)
 
 
 def end() -> None:

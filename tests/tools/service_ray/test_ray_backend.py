@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -206,3 +207,17 @@ def test_ranges_that_cannot_be(text: str, capsys: pytest.CaptureFixture[str]) ->
         console.run(serve_ray, ["some.bundle", f"--replicas={text}"])
     assert caught.value.code == 2
     assert "--replicas cannot be read" in capsys.readouterr().err
+
+
+def test_what_cannot_be_served(settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as nobody:  # bound, and not listening
+        nobody.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        with pytest.raises(SystemExit) as caught:
+            console.run(serve_ray, [str(settings.bundle), "--data", str(tmp_path / "data"), "--address", address])
+    assert caught.value.code == 2
+    assert "there is no Ray cluster to connect to" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as caught:
+        console.run(serve_ray, [str(tmp_path / "no.bundle")])
+    assert caught.value.code == 4
+    assert "is not a bundle" in capsys.readouterr().err
