@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,19 @@ def call(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     return found
 
 
+def wait_until_ready(url: str) -> None:
+    while True:
+        try:
+            call(f"{url}/readyz")
+        except urllib.error.HTTPError:
+            time.sleep(0.2)
+        else:
+            return
+
+
 def fill_history(url: str) -> None:
     """Make the videos of earlier, which the history shows."""
+    wait_until_ready(url)
     jobs = [call(f"{url}/v1/videos", {"prompt": prompt, "seed": 7})["id"] for prompt in reversed(EARLIER)]
     while any(call(f"{url}/v1/videos/{job}")["status"] in ("queued", "running") for job in jobs):
         time.sleep(0.5)
