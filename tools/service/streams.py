@@ -18,6 +18,7 @@ from reelforge.tools.service.schema import Job
 from reelforge.tools.service.service import Service
 
 MEDIA_TYPE = "text/event-stream"
+_TOGETHER_S = 0.05
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
@@ -50,15 +51,20 @@ async def event_stream(
         while True:
             news.clear()
             closed = feed.closed  # asked before the events, so that none can come in between
-            for said in feed.after(after):
-                after = said.number
-                yield message(said.name, said.data, f"{feed.name}-{said.number}")
+            batch = feed.after(after)
+            if batch:
+                after = batch[-1].number
+                yield b"".join(message(said.name, said.data, f"{feed.name}-{said.number}") for said in batch)
             if closed:
                 yield _final(await _ask(service, caller, job_id))
                 return
             if service.stopping.is_set():
                 yield b": the service is shutting down; the job goes on when it is back\n\n"
                 return
+            if batch:
+                # Steps of small models take two milliseconds, and each message takes the interpreter from the loop that
+                # computes them: what is said in quick succession is sent together.
+                await asyncio.sleep(_TOGETHER_S)
             try:
                 async with asyncio.timeout(service.settings.keep_alive_s):
                     await news.wait()
@@ -100,7 +106,7 @@ def _number(last_event_id: str | None, feed: Feed) -> int | None:
 
 def _listener(news: asyncio.Event, loop: asyncio.AbstractEventLoop) -> Callable[[], None]:
     def listener() -> None:
-        if not loop.is_closed():
+        if not news.is_set() and not loop.is_closed():
             loop.call_soon_threadsafe(news.set)
 
     return listener
