@@ -92,7 +92,14 @@ def default_step_cache(request: BuildRequest) -> str | None:
             expected="; ".join(problem.expected for problem in problems),
             fix="; ".join(problem.fix for problem in problems),
         )
-    missing = [stage for stage in cache.method.stages if request.stages and stage not in request.stages]
+    if cache.parted and not request.parted:
+        raise RequestError(
+            "the default step cache needs the transformer in parts.",
+            received=f"--step-cache {text}",
+            expected="--partition head,body,tail beside it",
+            fix="add --partition head,body,tail, or leave --step-cache out",
+        )
+    missing = [stage for stage in cache.stages if request.stages and stage not in request.stages]
     if missing:
         raise RequestError(
             "the default step cache needs stages that are not built.",

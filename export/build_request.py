@@ -78,6 +78,7 @@ class BuildRequest:
         sparse_attention: How the attention of ``dit`` can leave out keys; None if it never does.
         shapes: Video shapes to serve; empty for any.
         stages: Names of the stages to build; empty for all.
+        parted: Whether ``dit`` is also cut into head, body and tail, for step caches that look into it.
         batch: Largest number of videos per call of ``dit``.
         step_cache: What the bundle's requests get that say nothing about it, as ``--step-cache`` writes it; None and
             ``off`` compute every step.
@@ -98,6 +99,7 @@ class BuildRequest:
     sparse_attention: SparseAttention | None = None
     shapes: tuple[VideoShape, ...] = ()
     stages: tuple[str, ...] = ()
+    parted: bool = False
     batch: int = 1
     step_cache: str | None = None
     numerics: Numerics = Numerics.TENCENT

@@ -172,8 +172,15 @@ def open_source(request: BuildRequest) -> BuildSource:
     checkpoint = open_checkpoint(request.checkpoint)
     family = FAMILIES[checkpoint.family]
     spec = family.spec(checkpoint, request.numerics)
-    stages = family.stages(spec, request.batch, request.sparse_attention)
-    _check_request(request, family.stage_names, spec)
+    if request.parted and request.sparse_attention is not None:
+        raise RequestError(
+            "sparse attention has no head, body and tail.",
+            received="--partition and --sparse-attention",
+            expected="one of them: step caches look at tokens in their own order",
+            fix="leave one of them out",
+        )
+    stages = family.stages(spec, request.batch, request.sparse_attention, request.parted)
+    _check_request(request, tuple(stage.name for stage in stages), spec)
     resolved = resolve_stages(checkpoint, family.key_maps[checkpoint.layout], spec, stages)
     tokenizers = {role: tokenizer_json(_tokenizer(checkpoint, role), role) for role in ("llm", "clip")}
     template = find_prompt_template(

@@ -43,13 +43,16 @@ class KeyMap:
 class StageList(Protocol):
     """Lists a family's stages."""
 
-    def __call__(self, spec: ModelSpec, batch: int = 1, sparse: SparseAttention | None = None) -> tuple[Stage, ...]:
+    def __call__(
+        self, spec: ModelSpec, batch: int = 1, sparse: SparseAttention | None = None, parted: bool = False
+    ) -> tuple[Stage, ...]:
         """Return the stages in pipeline order.
 
         Args:
             spec: The model's numbers.
             batch: Largest number of videos per call of ``dit``.
             sparse: How the attention of ``dit`` leaves out keys; None if it does not.
+            parted: Whether there are also the stages that step caches need which look into ``dit``.
         """
         ...
 

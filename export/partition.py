@@ -44,7 +44,7 @@ def partition(stage: Stage, sizes: Mapping[str, int], limit_bytes: int) -> tuple
         return (stage,)
     cut = [_parts(stage, group) for group in groups]
     rows = _Rows(stage, cut)
-    outer = {name: name for name in stage.inputs}  # value -> what it is called between parts at this point
+    outer = {stage.value_of(name): name for name in stage.inputs}  # value -> what it is called at this point
     stages = []
     for index, parts in enumerate(cut):
         later = [part for following in cut[index + 1 :] for part in following]
@@ -52,7 +52,8 @@ def partition(stage: Stage, sizes: Mapping[str, int], limit_bytes: int) -> tuple
         inputs = {outer[value]: value for value in reads}
         kept = {value: f"{value}.{index}" for value in writes if value in _reads(later)}
         made_again = _writes(later)
-        kept.update({value: value for value in stage.outputs if value in writes and value not in made_again})
+        results = {stage.value_of(name): name for name in stage.outputs}
+        kept.update({value: name for value, name in results.items() if value in writes and value not in made_again})
         kept.update({value: rows.name(value, index) for value in rows.begun(index)})
         outer.update(kept)
         outputs = {kept[value]: value for value in writes if value in kept}

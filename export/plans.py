@@ -32,7 +32,7 @@ from reelforge.export.graph_file import graph_bytes, graph_digest
 from reelforge.export.partition import partition
 from reelforge.export.quantisation import StagePlan
 from reelforge.export.stage import Stage
-from reelforge.export.stage_compiler import StageCompiler
+from reelforge.export.stage_compiler import BASE_DTYPES, StageCompiler
 from reelforge.runtime.bundle.write import BundleWriter
 from reelforge.runtime.codec import from_json
 from reelforge.runtime.cuda.driver import open_cuda
@@ -41,8 +41,8 @@ from reelforge.runtime.manifest import PlanEntry, ProfileEntry, StageEntry, Tens
 from reelforge.runtime.receipt import Receipt
 from reelforge.runtime.recipe import Backend, Precision, Recipe, Target
 
+_WHOLE, _PARTS = "dit", ("dit_head", "dit_body", "dit_tail")
 _MODULES = {Backend.RTX: "tensorrt_rtx", Backend.TRT: "tensorrt"}
-_DTYPES = {Precision.FP32: "float32", Precision.BF16: "bfloat16", Precision.FP16: "float16"}
 
 
 def add_plans(
@@ -79,7 +79,11 @@ def add_plans(
     )
     stages = {stage.name: stage for stage in source.stages}
     planned = []
+    parted = [stage.name for stage in source.stages if stage.name in _PARTS]
     for entry in entries:
+        if entry.name == _WHOLE and parted and set(parted) <= {other.name for other in entries}:
+            planned.append(entry)  # its weights are those of the parts, whose plans are chained below
+            continue
         stage, base = stages[entry.name], recipe.base(entry.name)
         weights = {weight.name: weight for weight in entry.weights}
         plan = quantisation.get(stage.origin, StagePlan())
@@ -102,7 +106,22 @@ def add_plans(
 
         groups = compatible_groups(compiler.target, source.computed_in(recipe, entry.name))
         planned.append(maker.add_plans(entry, parts, base, groups, graph_of))
-    return tuple(planned)
+    return tuple(replace(entry, plans=chained(planned)) if not entry.plans else entry for entry in planned)
+
+
+def chained(entries: Sequence[StageEntry]) -> tuple[PlanEntry, ...]:
+    """Return the plans of head, body and tail as the parts of the whole, for every group of architectures.
+
+    Args:
+        entries: The stages with their plans, in pipeline order.
+    """
+    series: dict[tuple[str, ...], list[PlanEntry]] = {}
+    for entry in entries:
+        for plan in entry.plans if entry.name in _PARTS else ():
+            series.setdefault(plan.architectures, []).append(plan)
+    return tuple(
+        replace(plan, part=number, parts=len(plans)) for plans in series.values() for number, plan in enumerate(plans)
+    )
 
 
 def machine_memory_bytes() -> int:
@@ -195,7 +214,10 @@ class PlanMaker:
         plans = []
         for index, part in enumerate(parts):
             graph = graph_of(part)
-            tensors = part.tensor_infos(part.inputs, _DTYPES[base]), part.tensor_infos(part.outputs, _DTYPES[base])
+            tensors = (
+                part.tensor_infos(part.inputs, BASE_DTYPES[base]),
+                part.tensor_infos(part.outputs, BASE_DTYPES[base]),
+            )
             with self._written(graph.data) as path:
                 for group in groups:
                     plans.append(self._plan(part.name, graph, path, group, *tensors, index, len(parts)))

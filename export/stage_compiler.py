@@ -30,6 +30,9 @@ from reelforge.runtime.bundle.write import BundleWriter
 from reelforge.runtime.manifest import StageEntry, WeightEntry
 from reelforge.runtime.recipe import Precision, Recipe, Target
 
+BASE_DTYPES = {Precision.FP32: "float32", Precision.BF16: "bfloat16", Precision.FP16: "float16"}
+"""What is called ``compute`` in a stage's description, as a manifest calls it."""
+
 
 class _Abandoned(BaseException):
     """Raised in the weights' thread when the build has already failed elsewhere."""
@@ -167,8 +170,8 @@ class StageCompiler:
             name=stage.name,
             graph=name,
             graph_digest=graph_digest(data, weights),
-            inputs=stage.tensor_infos(stage.inputs),
-            outputs=stage.tensor_infos(stage.outputs),
+            inputs=stage.tensor_infos(stage.inputs, BASE_DTYPES[recipe.base(stage.name)]),
+            outputs=stage.tensor_infos(stage.outputs, BASE_DTYPES[recipe.base(stage.name)]),
             weights=tuple(weights.values()),
             tolerance=None if plan.layers or plan.attentions else stage.tolerance.get(precision.value),
             parity=None,

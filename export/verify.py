@@ -40,6 +40,8 @@ _LATENT_LIKE = (
     "earlier_latents",
     "earlier_velocity",
 )
+_PASSED = ("head_image", "head_text", "joint_cos", "joint_sin", "key_lengths", "tokens")
+"""From head to body and tail, as they are."""
 _WEIGHTS = {"scale": 6.0, "residual_weight": 1.0, "trend_weight": 0.5}
 
 
@@ -72,11 +74,12 @@ def measure_stages(folder: Path, manifest: Manifest, stages: Sequence[Stage]) ->
         if entry is None or entry.tolerance is None:  # a quantised stage is measured by its build's gate
             continue
         feed = {name: values[name] for name in stage.inputs}
+        given = {info.name: feed[info.name].astype(info.dtype, copy=False) for info in entry.inputs}
         weights = {weight.name: weight for weight in entry.weights}
         expected = run_stage(stage, folder, weights, feed)
         engine = engine_from_onnx(folder / entry.graph, entry)
         try:
-            received = engine.run(feed)
+            received = engine.run(given)
         finally:
             engine.close()
         # NumPy's maximum: Python's would pass over a NaN.
@@ -114,7 +117,7 @@ def bundle_stages(bundle: Bundle) -> tuple[Stage, ...]:
     """Return the stages that ``bundle`` was built from."""
     manifest = bundle.manifest
     stages = FAMILIES[manifest.spec.family].stages(
-        manifest.spec, manifest.recipe.batch, manifest.recipe.sparse_attention
+        manifest.spec, manifest.recipe.batch, manifest.recipe.sparse_attention, manifest.parted
     )
     return tuple(stage for stage in stages if manifest.stage(stage.name) is not None)
 
@@ -166,6 +169,7 @@ def _inputs(spec: ModelSpec, recipe: Recipe) -> dict[str, np.ndarray]:
         **{name: normal(*latents) for name in _LATENT_LIKE},
         **{name: np.array(weight, np.float32) for name, weight in _WEIGHTS.items()},
         "previous_modulation": 0.3 * normal(videos, dit.double_blocks, 2, 6, dit.width),
+        "computed_head_image": normal(videos, grid[0] * grid[1] * grid[2], dit.width),
         **chosen,
     }
 
@@ -176,7 +180,7 @@ def _as_next_inputs(outputs: Mapping[str, np.ndarray], batch: int) -> dict[str, 
     for name, value in outputs.items():
         if name == "prompt_states":
             following["text_states"] = value[:, -_TEXT_TOKENS:]
-        elif name == "pooled_text":
+        elif name == "pooled_text" or name in _PASSED:
             following[name] = value
         elif name == "text" or name.endswith("_modulation"):
             following[name] = np.repeat(value[:1], max(batch, 1), axis=0)

@@ -44,13 +44,13 @@ def compare_weights(bundle: Bundle, checkpoint_path: Path) -> int:
     checkpoint = open_checkpoint(checkpoint_path)
     family = FAMILIES[bundle.manifest.spec.family]
     spec = family.spec(checkpoint, Numerics(bundle.manifest.provenance["numerics"]))
-    recipe = bundle.manifest.recipe
-    stages = {stage.name: stage for stage in family.stages(spec, recipe.batch, recipe.sparse_attention)}
+    recipe, parted = bundle.manifest.recipe, bundle.manifest.parted
+    stages = {stage.name: stage for stage in family.stages(spec, recipe.batch, recipe.sparse_attention, parted)}
     resolved = resolve_stages(checkpoint, family.key_maps[checkpoint.layout], spec, tuple(stages.values()))
     plans = _plans(bundle, family, stages)
     compared, different = 0, []
     for entry in bundle.manifest.stages:
-        expected = _digests(entry.name, resolved[entry.name], plans.get(entry.name, StagePlan()))
+        expected = _digests(entry.name, resolved[entry.name], plans.get(stages[entry.name].origin, StagePlan()))
         for weight in entry.weights:
             compared += 1
             if expected[weight.name] != weight.sha256:
@@ -80,8 +80,9 @@ def _plans(bundle: Bundle, family: Family, stages: Mapping[str, Stage]) -> Mappi
 
 def _digests(stage: str, resolved: Mapping[str, Resolved], plan: StagePlan) -> dict[str, str]:
     """Return the digest of every weight as the plan would have it stored."""
-    folded = {name: FoldedWeight(resolved[name], affine) for name, affine in plan.folded.items()}
+    folded = {name: FoldedWeight(resolved[name], affine) for name, affine in plan.folded.items() if name in resolved}
     eight_bit = {f"{layer}.weight": layer_plan.weight for layer, layer_plan in plan.layers.items()}
+    eight_bit = {name: how for name, how in eight_bit.items() if name in resolved}
     plain = {name: weight for name, weight in {**resolved, **folded}.items() if name not in eight_bit}
     digests = {name: found.sha256 for name, found in digest(plain).items()}
     casts = casts_for(resolved, eight_bit)

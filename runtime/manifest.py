@@ -143,6 +143,11 @@ class Manifest:
         """Return the entry of stage ``name``, or None."""
         return next((entry for entry in self.stages if entry.name == name), None)
 
+    @property
+    def parted(self) -> bool:
+        """Whether the bundle has head, body and tail of ``dit``."""
+        return self.stage("dit_head") is not None
+
     def with_content_digest(self) -> Manifest:
         """Return a copy whose ``content_digest`` is computed from the content."""
         return replace(self, content_digest=content_digest(self))

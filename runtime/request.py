@@ -8,17 +8,19 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from reelforge.runtime.attention.table import DENSE, AttentionTable
 from reelforge.runtime.attention.table import problems as table_problems
 from reelforge.runtime.errors import RequestError
-from reelforge.runtime.manifest import Manifest, ProfileEntry
 from reelforge.runtime.noise import MAX_SEED
 from reelforge.runtime.recipe import VideoShape
 from reelforge.runtime.step_cache.rescaling import published
-from reelforge.runtime.step_cache.settings import OFF, StepCache
+from reelforge.runtime.step_cache.settings import OFF, PARTED_STAGES, StepCache
 from reelforge.runtime.tokenize import clean_prompt
+
+if TYPE_CHECKING:
+    from reelforge.runtime.manifest import Manifest, ProfileEntry
 
 Number = TypeVar("Number", int, float)
 
@@ -187,12 +189,12 @@ def _step_cache_problems(cache: object, manifest: Manifest) -> list[_Problem]:
         fix = "write coefficients=FILE with a file from reelforge measure-coefficients"
         expected = "teacache with the coefficients of the checkpoint: none are published for a model of this size"
         problems.append(_Problem("step_cache teacache without coefficients", expected, fix))
-    missing = [] if problems else [stage for stage in cache.method.stages if manifest.stage(stage) is None]
+    missing = [] if problems else [stage for stage in cache.stages if manifest.stage(stage) is None]
     if missing:
         expected = f"no step_cache: the bundle has no stage {' and no '.join(map(repr, missing))}"
-        problems.append(
-            _Problem(f"step_cache={cache.method.value}", expected, "leave it out, or rebuild with build-engine")
-        )
+        option = " --partition head,body,tail" if set(missing) & set(PARTED_STAGES) else ""
+        fix = f"leave it out, or rebuild with build-engine{option}"
+        problems.append(_Problem(f"step_cache={cache.method.value}", expected, fix))
     return problems
 
 

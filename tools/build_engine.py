@@ -97,6 +97,12 @@ if TYPE_CHECKING:
     "and one frame of each size, by default the model's own; ONNX Runtime also serves what lies between the smallest "
     "and the largest, per dimension, and by default any size.",
 )
+@click.option(
+    "--partition",
+    type=click.Choice(["head,body,tail"]),
+    help="Also cut dit after its first block and before its final layer, for `generate --step-cache fbcache:0.08` and "
+    "reuse=tokens. The parts share its weights: nothing is stored twice.",
+)
 @click.option("--stages", default="", help="Build only these, separated by commas; such a bundle cannot generate.")
 @click.option(
     "--batch", default=1, show_default=True, type=click.IntRange(1), help="Videos per call of the dit engine."
@@ -158,6 +164,7 @@ def build_engine(
     min_cosine: float,
     no_gate: bool,
     shapes: str,
+    partition: str | None,
     stages: str,
     batch: int,
     step_cache: str | None,
@@ -224,6 +231,7 @@ def build_engine(
         sparse_attention=sparse_attention_of(sparse_attention, attention_blocks),
         shapes=parsed_shapes,
         stages=tuple(name.strip() for name in stages.split(",") if name.strip()),
+        parted=partition is not None,
         batch=batch,
         step_cache=step_cache,
         numerics=Numerics(numerics),

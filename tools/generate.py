@@ -61,8 +61,9 @@ from reelforge.tools.video_events import open_bundle, progress_bars, write_video
 @click.option(
     "--step-cache",
     metavar="METHOD:THRESHOLD",
-    help="Skip steps that change little: easycache:0.1, or magcache:0.12,ratios=FILE (see docs/step_cache.md; also "
-    "reuse=, warmup=, max-skips=), or off.  [default: the bundle's, which mostly computes every step]",
+    help="Skip steps that change little: easycache:0.1, magcache:0.12,ratios=FILE, teacache:0.1[,coefficients=FILE] or "
+    "fbcache:0.08 with a bundle built with --partition (see docs/step_cache.md; also reuse=, warmup=, max-skips=), or "
+    "off.  [default: the bundle's, which mostly computes every step]",
 )
 @click.option("--threads", type=click.IntRange(min=1), help="Threads per operator.  [default: one per core]")
 @click.option("--device", type=click.IntRange(min=0), default=0, help="Number of the GPU.  [default: 0]")

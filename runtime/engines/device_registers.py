@@ -15,7 +15,7 @@ import numpy as np
 
 from reelforge.runtime.cuda.memory import DeviceBuffer, aligned
 from reelforge.runtime.engines.device_session import DeviceSession, contiguous
-from reelforge.runtime.engines.engine import Array, Engine, check_inputs
+from reelforge.runtime.engines.engine import Array, Engine, check_inputs, dtype_of
 from reelforge.runtime.engines.tensorrt_library import ITEM_BYTES
 from reelforge.runtime.engines.tensorrt_plan import Shape
 from reelforge.runtime.errors import EngineError
@@ -36,7 +36,7 @@ class _Value:
 
     def outline(self) -> Array:
         """Return an array of this shape and type without memory, to check."""
-        return np.ndarray(self.shape, np.dtype(self.dtype), bytes(16), 0, (0,) * len(self.shape))
+        return np.ndarray(self.shape, dtype_of(self.dtype), bytes(16), 0, (0,) * len(self.shape))
 
 
 class DeviceRegisters:
@@ -60,7 +60,7 @@ class DeviceRegisters:
         value = self._value(name)
         if value.array is None:
             assert value.buffer is not None
-            array = np.empty(value.shape, np.dtype(value.dtype))
+            array = np.empty(value.shape, dtype_of(value.dtype))
             with self._session.work():
                 self._session.download(array, value.buffer.address)
             value.array = array

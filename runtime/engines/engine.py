@@ -146,7 +146,7 @@ def check_tensor(stage: str, info: TensorInfo, array: Array) -> None:
         EngineError: If one of them differs.
     """
     sizes = array.shape
-    same_kind = array.dtype == _dtype(info.dtype) and len(sizes) == len(info.shape)
+    same_kind = array.dtype == dtype_of(info.dtype) and len(sizes) == len(info.shape)
     if same_kind and all(want == size or isinstance(want, str) for want, size in zip(info.shape, sizes, strict=True)):
         return
     # The message is only put together when it is needed: this runs for every tensor of every step.
@@ -158,9 +158,12 @@ def check_tensor(stage: str, info: TensorInfo, array: Array) -> None:
 
 
 @cache
-def _dtype(name: str) -> np.dtype[Any]:
-    """Return a type by its name, which numpy would parse anew each time."""
-    return np.dtype(name)
+def dtype_of(name: str) -> np.dtype[Any]:
+    """Return a type by its name, which numpy would parse anew each time.
+
+    It has no bfloat16: two bytes stand for it, in tensors that pass from stage to stage and are read by no host.
+    """
+    return np.dtype("V2" if name == "bfloat16" else name)
 
 
 def output_targets(
@@ -189,7 +192,7 @@ def output_targets(
         info = infos[name]
         shape = known_shape(info, sizes)
         if target is None:
-            targets[name] = None if shape is None else np.empty(shape, _dtype(info.dtype))
+            targets[name] = None if shape is None else np.empty(shape, dtype_of(info.dtype))
             continue
         check_tensor(stage, info, target)
         if shape is not None and target.shape != shape:

@@ -11,11 +11,13 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from reelforge.runtime.dit_parts import PartedStep
 from reelforge.runtime.engines.engine import Array, Engine
 from reelforge.runtime.registers import Registers
-from reelforge.runtime.step_cache.criteria import Criterion, EasyCache, MagCache, TeaCache
+from reelforge.runtime.step_cache.criteria import Criterion, EasyCache, FirstBlockCache, MagCache, TeaCache
 from reelforge.runtime.step_cache.settings import (
     CHANGE_STAGE,
+    HEAD_CHANGE_STAGE,
     INPUT_STAGE,
     LEAST_WARMUP,
     REUSE_STAGE,
@@ -32,9 +34,9 @@ class CachedStep:
     """Evaluates the model, or makes a step of what it said before (a :class:`StepFunction`).
 
     Args:
-        evaluate: The step function to wrap.
+        evaluate: The step function to wrap. Of one in parts the head is run in every step, before it is decided.
         criterion: Decides between warm-up and last step.
-        reuse: The stage ``step_reuse``.
+        reuse: The stage ``step_reuse``; None where tokens are reused.
         sigma_steps: ``[n]`` float32, ``sigma_{i+1} - sigma_i`` of all steps.
         warmup: How many first steps are always evaluated; the first two of a loop are in any case, also of one that
             begins at a later step.
@@ -45,12 +47,13 @@ class CachedStep:
         self,
         evaluate: StepFunction,
         criterion: Criterion,
-        reuse: Engine,
+        reuse: Engine | None,
         sigma_steps: Array,
         warmup: int = LEAST_WARMUP,
         how: Reuse = Reuse.EXTRAPOLATE,
     ) -> None:
         self._evaluate = evaluate
+        self._parts = evaluate if isinstance(evaluate, PartedStep) else None
         self._criterion = criterion
         self._reuse = reuse
         self._sigma_steps = np.asarray(sigma_steps, np.float32)
@@ -62,6 +65,8 @@ class CachedStep:
 
     def __call__(self, registers: Registers, step: int) -> bool:
         """Make ``next_latents`` (see :class:`StepFunction`)."""
+        if self._parts is not None:
+            self._parts.begin(registers, step)
         between = self._warmup <= step < len(self._sigma_steps) - 1
         if between and self._evaluations >= LEAST_WARMUP and self._criterion.skips(registers, step):
             self._step_from_cache(registers, step)
@@ -71,7 +76,10 @@ class CachedStep:
             if self._evaluations:
                 registers.let("earlier_latents", "computed_latents")
                 registers.let("earlier_velocity", "velocity")
-            self._evaluate(registers, step)
+            if self._parts is not None:
+                self._parts.complete(registers)
+            else:
+                self._evaluate(registers, step)
             registers.let("computed_latents", "latents")
             self._earlier, self._computed = self._computed, step
             self._evaluations += 1
@@ -80,6 +88,13 @@ class CachedStep:
         return evaluated
 
     def _step_from_cache(self, registers: Registers, step: int) -> None:
+        if self._how is Reuse.TOKENS:
+            assert self._parts is not None, "tokens are reused by a step in parts"
+            registers.let("kept_velocity", "velocity")  # of the last computed step, which the tail's is not
+            self._parts.from_tokens(registers)
+            registers.let("velocity", "kept_velocity")
+            return
+        assert self._reuse is not None, "velocities are reused with step_reuse"
         residual, trend = 0.0, 0.0
         if self._how is Reuse.RESIDUAL:
             residual = 1.0
@@ -100,6 +115,7 @@ def cached_step(
     engine_of: Callable[[str], Engine],
     sigmas: NDArray[np.float32],
     modulation: Array,
+    prefix: str = "",
 ) -> CachedStep:
     """Wrap a step function as a request asks for.
 
@@ -109,6 +125,7 @@ def cached_step(
         engine_of: Returns the engine of a stage, for as long as the step function is used.
         sigmas: ``[n + 1]``, from :func:`reelforge.runtime.schedule.flow_match_sigmas`.
         modulation: ``[n, ...]``, what ``dit`` is told as ``double_modulation``; with guidance, about the prompt.
+        prefix: Of the registers of the evaluation that is asked, if it is in parts.
     """
     steps = len(sigmas) - 1
     criterion: Criterion
@@ -118,8 +135,10 @@ def cached_step(
         assert cache.coefficients is not None
         change = engine_of(INPUT_STAGE)
         criterion = TeaCache(change, modulation, cache.coefficients, cache.threshold, cache.longest_run())
+    elif cache.method is Method.FBCACHE:
+        criterion = FirstBlockCache(engine_of(HEAD_CHANGE_STAGE), cache.threshold, cache.longest_run(), prefix)
     else:
         assert cache.ratios is not None
         criterion = MagCache(cache.ratios.at(sigmas[:-1]).tolist(), cache.threshold, cache.longest_run())
-    reuse = engine_of(REUSE_STAGE)
+    reuse = None if cache.reuse is Reuse.TOKENS else engine_of(REUSE_STAGE)
     return CachedStep(evaluate, criterion, reuse, np.diff(sigmas), cache.first_steps(steps), cache.reuse)

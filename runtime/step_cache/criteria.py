@@ -1,4 +1,4 @@
-"""What decides that a step is skipped: EasyCache, MagCache and TeaCache.
+"""What decides that a step is skipped: EasyCache, MagCache, TeaCache and first-block cache.
 
 A criterion is asked about the steps between warm-up and the last one, in order, and told when one was computed. What it
 has to know of tensors is computed by an engine; the host reads one number.
@@ -134,6 +134,40 @@ class TeaCache:
     def computed(self) -> None:
         """See :class:`Criterion`."""
         self._error = 0.0
+        self._skips = 0
+
+
+class FirstBlockCache:
+    """Skips while what the first block adds is what it added in the last computed step, nearly.
+
+    First-block cache (ParaAttention, https://github.com/chengzeyi/ParaAttention): with the first block's residual
+    ``r``, a step is computed if ``|r_i - r_c| / |r_c|`` has reached ``threshold``, ``|.|`` being the mean of absolute
+    values. Nothing is added up. The stage ``head_change`` computes it; the head of the step must have run.
+
+    Args:
+        change: The stage ``head_change``.
+        threshold: As there.
+        max_skips: Longest run of skipped steps; None means no limit.
+        prefix: Of the registers with the head's image.
+    """
+
+    def __init__(self, change: Engine, threshold: float, max_skips: int | None = None, prefix: str = "") -> None:
+        self._change = change
+        self._threshold = threshold
+        self._max_skips = max_skips
+        images = {name: prefix + name for name in ("head_image", "computed_head_image")}
+        self._inputs = {"latents": "latents", "computed_latents": "computed_latents", **images}
+        self._skips = 0
+
+    def skips(self, registers: Registers, step: int) -> bool:  # noqa: ARG002
+        """See :class:`Criterion`. A change that is not a number is never small."""
+        registers.call(self._change, self._inputs, {"head_change": "change"})
+        self._skips += 1
+        small = float(registers.read("change")) < self._threshold
+        return small and (self._max_skips is None or self._skips <= self._max_skips)
+
+    def computed(self) -> None:
+        """See :class:`Criterion`."""
         self._skips = 0
 
 

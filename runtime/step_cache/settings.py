@@ -17,6 +17,10 @@ from reelforge.runtime.step_cache.ratios import MagnitudeRatios
 from reelforge.runtime.step_cache.rescaling import Rescaling
 
 REUSE_STAGE, CHANGE_STAGE, INPUT_STAGE = "step_reuse", "step_change", "input_change"
+HEAD_CHANGE_STAGE, TOKEN_REUSE_STAGE = "head_change", "token_reuse"
+PARTS = ("dit_head", "dit_body", "dit_tail")
+PARTED_STAGES = (*PARTS, HEAD_CHANGE_STAGE, TOKEN_REUSE_STAGE)
+"""Those that a bundle has only if it was built with ``--partition``."""
 
 Word = TypeVar("Word", bound=enum.Enum)
 
@@ -27,15 +31,7 @@ class Method(enum.Enum):
     EASYCACHE = "easycache"
     MAGCACHE = "magcache"
     TEACACHE = "teacache"
-
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """The stages that a bundle must have for it, besides ``dit``."""
-        return {
-            Method.EASYCACHE: (CHANGE_STAGE, REUSE_STAGE),
-            Method.MAGCACHE: (REUSE_STAGE,),
-            Method.TEACACHE: (INPUT_STAGE, REUSE_STAGE),
-        }[self]
+    FBCACHE = "fbcache"
 
 
 class Reuse(enum.Enum):
@@ -48,10 +44,18 @@ class Reuse(enum.Enum):
     EXTRAPOLATE = "extrapolate"  # the line in sigma through the last two computed velocities, as far as these are apart
     RESIDUAL = "residual"  # v_c + (x - x_c): as EasyCache and MagCache were published
     VELOCITY = "velocity"  # v_c
+    TOKENS = "tokens"  # what the body added to the head's image: as TeaCache and first-block cache were published
 
 
-_WARMUP_SHARE = {Method.EASYCACHE: 0.1, Method.MAGCACHE: 0.2, Method.TEACACHE: 0.0}
-_MAX_SKIPS = {Method.EASYCACHE: 3, Method.MAGCACHE: 4, Method.TEACACHE: 3}
+_WARMUP_SHARE = {Method.EASYCACHE: 0.1, Method.MAGCACHE: 0.2, Method.TEACACHE: 0.0, Method.FBCACHE: 0.0}
+_MAX_SKIPS = {Method.EASYCACHE: 3, Method.MAGCACHE: 4, Method.TEACACHE: 3, Method.FBCACHE: 3}
+_ASKED = {
+    Method.EASYCACHE: (CHANGE_STAGE,),
+    Method.MAGCACHE: (),
+    Method.TEACACHE: (INPUT_STAGE,),
+    Method.FBCACHE: (HEAD_CHANGE_STAGE,),
+}
+"""The stages that a criterion asks."""
 _MEASURED = {"ratios": (Method.MAGCACHE, "measure-ratios"), "coefficients": (Method.TEACACHE, "measure-coefficients")}
 """What is measured of a checkpoint: for which method, and by which command."""
 LEAST_WARMUP = 2
@@ -74,10 +78,10 @@ class StepCache:
     Args:
         method: What decides.
         threshold: Estimated error, accumulated since the last computed step, at which a step is computed again: of
-            EasyCache and TeaCache relative to the velocity, of MagCache of the residual's magnitude. 0 computes every
-            step.
+            EasyCache and TeaCache relative to the velocity, of MagCache of the residual's magnitude; of first-block
+            cache the change of what the first block adds since the last computed step. 0 computes every step.
         warmup: How many first steps are always computed, at least 2. None means the papers' share, a tenth of the
-            steps for EasyCache (5 of 50 there), a fifth for MagCache and, as nothing says so there, 2 for TeaCache.
+            steps for EasyCache (5 of 50 there), a fifth for MagCache and, where they have none, 2.
         reuse: What stands for a skipped step's velocity. The papers keep the residual.
         max_skips: Longest run of skipped steps. None means the paper's 4 for MagCache, and 3 for the others, whose
             papers have no limit: what is predicted from two steps far behind can be far off.
@@ -127,6 +131,17 @@ class StepCache:
     def longest_run(self) -> int:
         """Return how many steps may be skipped one after the other."""
         return _MAX_SKIPS[self.method] if self.max_skips is None else self.max_skips
+
+    @property
+    def parted(self) -> bool:
+        """Whether steps are taken with head, body and tail of ``dit`` instead of the whole."""
+        return self.method is Method.FBCACHE or self.reuse is Reuse.TOKENS
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that a bundle must have for it, besides ``dit``."""
+        reuse = TOKEN_REUSE_STAGE if self.reuse is Reuse.TOKENS else REUSE_STAGE
+        return (*(PARTS if self.parted else ()), *_ASKED[self.method], reuse)
 
     def lacks_coefficients(self) -> bool:
         """Whether the method needs coefficients and has none."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from reelforge.runtime.dit_parts import DitParts, PartedEvaluation
 from reelforge.runtime.engines.engine import Engine
 from reelforge.runtime.manifest import TensorInfo
 from reelforge.runtime.registers import HostRegisters, Registers
@@ -14,7 +15,7 @@ from reelforge.runtime.sampling import StepLoop
 from reelforge.runtime.step_cache.cached_step import CachedStep
 from reelforge.runtime.step_cache.criteria import Criterion
 from reelforge.runtime.step_cache.settings import Reuse
-from reelforge.runtime.step_program import Evaluation, RegisterLoop
+from reelforge.runtime.step_program import Evaluation, RegisterLoop, StepFunction
 
 Velocity = Callable[[np.ndarray, int], np.ndarray]
 CHANGE_INPUTS = (
@@ -23,6 +24,7 @@ CHANGE_INPUTS = (
 REUSE_INPUTS = (
     "latents", "computed_latents", "velocity", "earlier_velocity", "residual_weight", "trend_weight", "sigma_step",
 )  # fmt: skip
+HEAD_INPUTS = ("latents", "computed_latents", "head_image", "computed_head_image")
 INPUT_INPUTS = ("latents", "previous_latents", "double_modulation", "previous_modulation")
 
 
@@ -113,11 +115,15 @@ def random_velocity(seed: int, steps: int, shape: tuple[int, ...]) -> Velocity:
 
 def sampled(
     velocity: Velocity, criterion: Criterion, noise: np.ndarray, sigma_steps: np.ndarray, warmup: int, how: Reuse,
-    registers: Registers | None = None, dit: Engine | None = None,
+    registers: Registers | None = None, dit: Engine | DitParts | None = None,
 ) -> tuple[np.ndarray, list[bool]]:  # fmt: skip
     """Run a cached loop; returns final latents, and for each step whether it was computed."""
     rows = {"step": np.arange(len(sigma_steps), dtype=np.float32), "sigma_step": sigma_steps}
-    evaluate = Evaluation(dit or model_engine(velocity), {}, rows)
+    evaluate: StepFunction
+    if isinstance(dit, DitParts):
+        evaluate = PartedEvaluation(dit, {}, rows)
+    else:
+        evaluate = Evaluation(dit or model_engine(velocity), {}, rows)
     step = CachedStep(evaluate, criterion, reuse_engine(), sigma_steps, warmup, how)
     loop = RegisterLoop(registers or HostRegisters(), step, noise)
     return loop.latents() if not len(sigma_steps) else run(loop, len(sigma_steps))
@@ -219,6 +225,102 @@ def _cached(
             history.append((step, x, v))
         made.computed.append(not skip)
         previous = x
+        x = x + sigma_step * v
+    made.latents = x
+    return made
+
+
+class Halves:
+    """A model in two layers, in NumPy, as head, body and tail: tokens are the latents' values.
+
+    ``velocity = tail(body(head(x)))`` with a head that adds a bounded function of the latents, and a body that adds one
+    of what it is given; both drift from step to step.
+    """
+
+    def __init__(self, seed: int, steps: int) -> None:
+        random = np.random.default_rng(seed)
+        self.near = np.cumsum(random.standard_normal(steps) * random.choice([0.01, 0.5], steps))
+        self.far = np.cumsum(random.standard_normal(steps) * random.choice([0.01, 0.5], steps))
+
+    def head(self, x: np.ndarray, step: int) -> np.ndarray:
+        return x + np.sin(x + self.near[step]) + 0.2
+
+    def body(self, image: np.ndarray, step: int) -> np.ndarray:
+        return image + np.cos(2 * image + self.far[step])
+
+    def velocity(self, x: np.ndarray, step: int) -> np.ndarray:
+        return 0.5 * self.body(self.head(x, step), step)
+
+    def parts(self) -> DitParts:
+        def head(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {"head_image": self.head(inputs["latents"], int(inputs["step"]))}
+
+        def body(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {"tokens": self.body(inputs["head_image"], int(inputs["step"]))}
+
+        def tail(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+            velocity = 0.5 * inputs["tokens"]
+            return {"velocity": velocity, "next_latents": inputs["latents"] + inputs["sigma_step"] * velocity}
+
+        outputs = {"head_image": TensorInfo("head_image", "float32", ())}
+        return DitParts(
+            NumpyEngine("dit_head", head, ("latents", "step"), outputs=outputs),
+            NumpyEngine("dit_body", body, ("head_image", "step")),
+            NumpyEngine("dit_tail", tail, ("tokens", "latents", "sigma_step")),
+            NumpyEngine("token_reuse", token_reuse, ("tokens", "head_image", "computed_head_image")),
+        )
+
+
+def token_reuse(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {"reused_tokens": inputs["tokens"] + (inputs["head_image"] - inputs["computed_head_image"])}
+
+
+def head_change(inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What the head adds to latents that are their own tokens."""
+    x, c, image, computed = (inputs[name].astype(np.float64) for name in HEAD_INPUTS)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        added, before = image - x, computed - c
+        return {"head_change": np.asarray(np.abs(added - before).mean() / np.abs(before).mean())}
+
+
+def head_engine() -> NumpyEngine:
+    return NumpyEngine("head_change", head_change, HEAD_INPUTS)
+
+
+def fbcache(
+    model: Halves, noise: np.ndarray, sigma_steps: np.ndarray, threshold: float, warmup: int, how: Reuse,
+    max_skips: int | None,
+) -> Expected:  # fmt: skip
+    """ParaAttention's first-block cache, written down with residuals as it keeps them, in float64."""
+    sigmas = np.concatenate([[1.0], 1.0 + np.cumsum(sigma_steps.astype(np.float64))])
+    x = noise.astype(np.float64)
+    made = Expected(x, [], [])
+    first = rest = np.zeros_like(x)  # what first block and remaining blocks added in the last computed step
+    history: list[tuple[int, np.ndarray, np.ndarray]] = []
+    skips = 0
+    for step, sigma_step in enumerate(sigma_steps.astype(np.float64)):
+        image = model.head(x, step)
+        added, skip = image - x, False
+        if max(warmup, 2) <= step < len(sigma_steps) - 1:
+            change = np.mean(np.abs(added - first)) / np.mean(np.abs(first))
+            skips += 1
+            skip = bool(change < threshold) and (max_skips is None or skips <= max_skips)
+            made.margins.append(abs(change - threshold) / max(threshold, 1e-12))
+        if skip and how is Reuse.TOKENS:
+            v = 0.5 * (image + rest)
+        elif skip:
+            (before, _, v0), (last, x1, v1) = history[-2:]
+            slope = (v1 - v0) / (sigmas[last] - sigmas[before])
+            v = {
+                Reuse.RESIDUAL: x + (v1 - x1),
+                Reuse.VELOCITY: v1,
+                Reuse.EXTRAPOLATE: v1 + slope * max(sigmas[step] - sigmas[last], sigmas[last] - sigmas[before]),
+            }[how]
+        else:
+            skips, first, rest = 0, added, model.body(image, step) - image
+            v = 0.5 * (image + rest)
+            history.append((step, x, v))
+        made.computed.append(not skip)
         x = x + sigma_step * v
     made.latents = x
     return made

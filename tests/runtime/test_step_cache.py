@@ -11,13 +11,17 @@ from reelforge.runtime.registers import HostRegisters
 from reelforge.runtime.sampling import SamplingError, take_step
 from reelforge.runtime.schedule import flow_match_sigmas, sigma_steps
 from reelforge.runtime.step_cache.cached_step import CachedStep
-from reelforge.runtime.step_cache.criteria import Criterion, EasyCache, MagCache, TeaCache
+from reelforge.runtime.step_cache.criteria import Criterion, EasyCache, FirstBlockCache, MagCache, TeaCache
 from reelforge.runtime.step_cache.rescaling import Rescaling
 from reelforge.runtime.step_cache.settings import Reuse
 from reelforge.runtime.step_program import Evaluation, RegisterLoop
 from tests.runtime import step_models
 from tests.runtime.step_models import (
+    HEAD_INPUTS,
+    Halves,
+    NumpyEngine,
     change_engine,
+    head_engine,
     input_engine,
     model_engine,
     random_velocity,
@@ -40,7 +44,8 @@ def schedule(steps: int, shift: float = 5.0) -> np.ndarray:
     return sigma_steps(flow_match_sigmas(steps, shift))
 
 
-reuses = st.sampled_from(list(Reuse))
+OF_VELOCITIES = [how for how in Reuse if how is not Reuse.TOKENS]
+reuses = st.sampled_from(OF_VELOCITIES)
 runs = st.one_of(st.none(), st.integers(1, 5))
 
 
@@ -92,6 +97,53 @@ def test_teacache_is_the_papers(
     np.testing.assert_allclose(latents, expected.latents, atol=2e-5, rtol=2e-5)
 
 
+@given(st.integers(0, 10_000), st.integers(1, 16), st.floats(0, 1.5), st.integers(2, 6), st.sampled_from(Reuse), runs)
+@settings(max_examples=120, deadline=None)
+def test_first_block_cache_is_paraattentions(
+    seed: int, steps: int, threshold: float, warmup: int, how: Reuse, max_skips: int | None
+) -> None:
+    model = Halves(seed, steps)
+    expected = step_models.fbcache(model, noise(seed), schedule(steps), threshold, warmup, how, max_skips)
+    assume(min(expected.margins, default=1) > 1e-4)
+    parts, criterion = model.parts(), FirstBlockCache(head_engine(), threshold, max_skips)
+    latents, computed = sampled(model.velocity, criterion, noise(seed), schedule(steps), warmup, how, dit=parts)
+    assert computed == expected.computed
+    np.testing.assert_allclose(latents, expected.latents, atol=5e-5, rtol=5e-5)
+    calls = [engine.calls for engine in (parts.head, parts.body, parts.tail, parts.reuse)]
+    skipped = computed.count(False)
+    reused = skipped if how is Reuse.TOKENS else 0
+    assert calls == [steps, steps - skipped, steps - skipped + reused, reused], "the head always, the body if computed"
+
+
+@given(st.integers(0, 10_000), st.integers(3, 16), st.floats(0.05, 0.6), st.sampled_from(["easy", "mag", "tea"]))
+@settings(max_examples=60, deadline=None)
+def test_any_criterion_may_reuse_tokens(seed: int, steps: int, threshold: float, which: str) -> None:
+    """The same steps are skipped as first-block cache would with the same decisions, and give what it gives."""
+    model = Halves(seed, steps)
+    criterion: Criterion = {
+        "easy": EasyCache(change_engine(), threshold, 2),
+        "mag": MagCache(list(np.random.default_rng(seed).uniform(0.8, 1.2, steps)), threshold, 2),
+        "tea": TeaCache(input_engine(), np.ones((steps, 2), np.float32), Rescaling((1.0, 0.0)), threshold, 2),
+    }[which]
+    latents, computed = sampled(
+        model.velocity, criterion, noise(seed), schedule(steps), 2, Reuse.TOKENS, dit=model.parts()
+    )
+    x, rest = noise(seed).astype(np.float64), np.zeros(SHAPE)
+    for step, sigma_step in enumerate(schedule(steps)):
+        image = model.head(x, step)
+        rest = model.body(image, step) - image if computed[step] else rest
+        x = x + float(sigma_step) * 0.5 * (image + rest)
+    np.testing.assert_allclose(latents, x, atol=5e-5, rtol=5e-5)
+
+
+def test_a_head_that_is_not_a_number_is_computed() -> None:
+    model = Halves(1, STEPS)
+    parts = model.parts()
+    asked = FirstBlockCache(NumpyEngine("head_change", lambda _: {"head_change": np.array(np.nan)}, HEAD_INPUTS), 1e30)
+    _, computed = sampled(model.velocity, asked, noise(), schedule(STEPS), 2, Reuse.TOKENS, dit=parts)
+    assert all(computed)
+
+
 def test_the_cases_are_mixed() -> None:
     """The properties above see runs with many skips and runs with few: they are not about loops that skip nothing."""
     skipped = set()
@@ -102,7 +154,7 @@ def test_the_cases_are_mixed() -> None:
     assert len(skipped) >= 4
 
 
-@pytest.mark.parametrize("how", list(Reuse))
+@pytest.mark.parametrize("how", OF_VELOCITIES)
 @pytest.mark.parametrize(
     "criterion",
     [EasyCache(change_engine(), 0.0), MagCache([1.0] * STEPS, 0.0, None), TeaCache(input_engine(), ROWS, NEVER, 0.0)],
@@ -148,7 +200,7 @@ def test_reuse_is_exact_where_the_model_is_what_it_assumes() -> None:
         Reuse.RESIDUAL: lambda x, step: x + one,
     }
     for how, velocity in models.items():
-        for cached in Reuse:
+        for cached in OF_VELOCITIES:
             every_second = MagCache([1.0] * STEPS, 1.0, 1)
             latents, computed = sampled(velocity, every_second, noise(), schedule(STEPS, shift=1.0), 2, cached)
             assert not all(computed)

@@ -53,6 +53,22 @@ def test_ratios_come_from_a_file(ratios_file: Path) -> None:
     assert made.problems() == []
 
 
+@pytest.mark.parametrize(
+    ("text", "parted", "stages"),
+    [
+        ("easycache:0.1", False, ("step_change", "step_reuse")),
+        ("magcache:0.1", False, ("step_reuse",)),
+        ("teacache:0.1", False, ("input_change", "step_reuse")),
+        ("teacache:0.1,reuse=tokens", True, ("dit_head", "dit_body", "dit_tail", "input_change", "token_reuse")),
+        ("fbcache:0.08", True, ("dit_head", "dit_body", "dit_tail", "head_change", "step_reuse")),
+        ("fbcache:0.08,reuse=tokens", True, ("dit_head", "dit_body", "dit_tail", "head_change", "token_reuse")),
+    ],
+)
+def test_what_a_bundle_must_have(text: str, parted: bool, stages: tuple[str, ...]) -> None:
+    made = StepCache.parse(text)
+    assert (made.parted, made.stages) == (parted, stages)
+
+
 def test_coefficients_come_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "tea.json"
     TEA.write(path)

@@ -16,7 +16,7 @@ import click
 from reelforge.runtime.pipeline import Pipeline
 from reelforge.runtime.recipe import Backend, Target
 from reelforge.runtime.request import Request
-from reelforge.runtime.step_cache.measure import measure_ratios
+from reelforge.runtime.step_cache.measure import measure_ratios, measure_rescaling
 from reelforge.tools.bench import report
 from reelforge.tools.bench.demo_model import held_out_cases
 from reelforge.tools.bench.step_cache_chart import GOAL_DB, GOAL_FACTOR, draw_chart
@@ -35,13 +35,24 @@ EXPLAINED = (
     "time that the process computed (CPU, one thread) hardly depends on it. This checkpoint's steps take milliseconds, "
     "so that what a skipped step still costs is visible; at the released size a step takes seconds.",
     "",
-    '"As published" keeps the residual, velocity minus latents, of the last computed step, as both papers do '
-    "(`reuse=residual`), and EasyCache then has no limit on runs of skipped steps; the others continue the line "
-    "through the last two computed velocities, which is the default. MagCache's residual is the paper's, of velocity "
-    "and latents; its authors' code takes that of the tokens before and after all blocks, which no engine gives "
-    "out.",
+    '"As published" reuses as the papers do: EasyCache and MagCache keep the residual, velocity minus latents, of the '
+    "last computed step (`reuse=residual`), TeaCache and first-block cache what the blocks added to the tokens "
+    "(`reuse=tokens`: what those after the first block added, for both), and all but MagCache then have no limit on "
+    "runs of skipped steps. The others continue the line through the last two computed velocities, which is the "
+    "default. MagCache's residual is the paper's, of velocity and latents; its authors' code takes that of the tokens. "
+    "The first two steps and the last are always computed, which TeaCache and first-block cache as published do not "
+    "ask for beyond the first (and TeaCache the last).",
+    "",
+    "An evaluation is one of all blocks. With first-block cache, and wherever tokens are reused, a skipped step still "
+    "costs the first block: here one of 6, of the released model one of 60.",
 )
 CALIBRATION_PROMPT = "a blue square moving right on a gray background"
+TEACACHE_PROMPTS = (
+    CALIBRATION_PROMPT,
+    "a red circle moving up on a white background",
+    "a green triangle moving left on a black background",
+    "a yellow circle moving down on a gray background",
+)
 HEADINGS = (
     "setting", "evaluations", "times fewer", "PSNR, dB", "lowest, dB", "above fewer steps, dB", "lowest above, dB",
     "right", "loop, ms", "loop, CPU ms", "faster (CPU)",
@@ -162,13 +173,13 @@ def section(points: Sequence[Point], steps: int, cases: int, picture: str) -> li
 @click.option("--threads", default=1, show_default=True, help="Threads per operator.")
 def main(work: Path, checkpoint: Path, output: Path, cases: int, long_cases: int, repeats: int, threads: int) -> None:
     """Build the bundle, measure, and write the report and the plot."""
-    bundle = work / "demo-fp32.bundle"
+    bundle = work / "demo-fp32-parted.bundle"
     if not bundle.exists():
         from reelforge.export.build import build_bundle
         from reelforge.export.build_request import BuildRequest
 
         work.mkdir(parents=True, exist_ok=True)
-        build_bundle(BuildRequest(checkpoint, bundle, Target(Backend.CPU)))
+        build_bundle(BuildRequest(checkpoint, bundle, Target(Backend.CPU), parted=True))
     every = held_out_cases()
     picture = output.with_suffix(".png")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -182,14 +193,26 @@ def main(work: Path, checkpoint: Path, output: Path, cases: int, long_cases: int
             chosen = every[:: max(len(every) // count, 1)][:count]
             ratios = measure_ratios(pipeline, [Request(CALIBRATION_PROMPT, steps=steps, seed=1000)])
             ratios.write(work / f"ratios-{steps}.json")
+            calibration = [
+                Request(prompt, steps=steps, seed=1000 + number) for number, prompt in enumerate(TEACACHE_PROMPTS)
+            ]
+            rescaling = measure_rescaling(pipeline, calibration)
+            rescaling.write(work / f"coefficients-{steps}.json")
             full = Setting("full run", f"{steps} steps", steps)
-            settings = settings_of(steps, work / f"ratios-{steps}.json")
+            settings = settings_of(steps, work / f"ratios-{steps}.json", work / f"coefficients-{steps}.json")
             points = measure(pipeline, chosen, settings, full, repeats, click.echo)
             if steps == own_steps:
                 picture.write_bytes(draw_chart(points, steps))
             sections += ["", *section(points, steps, count, picture.name if steps == own_steps else "")]
             listed = ", ".join(f"{ratio:.3f}" for ratio in ratios.ratios)
             notes += ["", f"MagCache's ratios, {steps} steps, from one prompt ({CALIBRATION_PROMPT!r}): {listed}."]
+            powers = ", ".join(f"{one:.4g}" for one in rescaling.coefficients)
+            notes += [
+                "",
+                f"TeaCache's coefficients, {steps} steps, from {len(TEACACHE_PROMPTS)} prompts that are not among the "
+                f"held-out ones: {powers}, for changes of {rescaling.least:.3f} to {rescaling.most:.3f}; the measured "
+                f"changes of the velocity lie {rescaling.deviation:.3f} off (root of the mean square).",
+            ]
             command = f"python -m reelforge.tools.bench.step_cache --work DIR --cases {cases} --long-cases {long_cases}"
             lines = [
                 "# Step caching",

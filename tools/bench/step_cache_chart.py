@@ -19,6 +19,10 @@ COLOURS = {
     "EasyCache as published": "#7fb0e0",
     "MagCache": "#b3541e",
     "MagCache as published": "#e9b872",
+    "TeaCache": "#2c7a4b",
+    "TeaCache as published": "#8fcf9f",
+    "First-block cache": "#7a3b8f",
+    "First-block cache as published": "#cfa3dd",
 }
 GOAL_FACTOR, GOAL_DB = 1.8, 30.0
 
@@ -34,7 +38,7 @@ def draw_chart(points: Sequence[Point], steps: int) -> bytes:
     from matplotlib.figure import Figure
 
     # Made without pyplot, which would choose a window system and keep figures alive.
-    figure = Figure(figsize=(8.4, 5.2), dpi=120, facecolor=PAPER)
+    figure = Figure(figsize=(9.6, 6.4), dpi=120, facecolor=PAPER)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for series, colour in COLOURS.items():
@@ -79,4 +83,4 @@ def _style(axes: Any, points: Sequence[Point], steps: int) -> None:
         fontweight="bold",
         loc="left",
     )
-    axes.legend(loc="upper right", frameon=False, fontsize=8.5)
+    axes.legend(loc="upper right", frameon=False, fontsize=8)

@@ -171,18 +171,26 @@ def line(points: Sequence[Point], value: Callable[[Point], float], evaluations: 
     return float(np.interp(evaluations, places, [value(point) for point in ordered]))
 
 
-def settings_of(steps: int, ratios: Path) -> list[Setting]:
-    """Return what is compared: fewer steps, and each method over its thresholds."""
+def settings_of(steps: int, ratios: Path, coefficients: Path) -> list[Setting]:
+    """Return what is compared: fewer steps, and each method over its thresholds.
+
+    Args:
+        steps: Of the full run.
+        ratios: What MagCache knows.
+        coefficients: What TeaCache knows.
+    """
     fewer = sorted({max(round(steps * share), 1) for share in np.linspace(0.25, 0.95, 15)})
     made = [Setting("fewer steps", str(number), number) for number in fewer]
-    for threshold in (0.025, 0.05, 0.08, 0.12, 0.2, 0.3):
-        made.append(Setting("EasyCache", f"{threshold:g}", steps, f"easycache:{threshold}"))
-    for threshold in (0.025, 0.05, 0.08, 0.12, 0.2, 0.3):
-        text = f"easycache:{threshold},reuse=residual,max-skips={steps}"
-        made.append(Setting("EasyCache as published", f"{threshold:g}", steps, text))
-    for threshold in (0.03, 0.06, 0.12, 0.24):
-        made.append(Setting("MagCache", f"{threshold:g}", steps, f"magcache:{threshold},ratios={ratios}"))
-    for threshold in (0.03, 0.06, 0.12, 0.24):
-        text = f"magcache:{threshold},reuse=residual,ratios={ratios}"
-        made.append(Setting("MagCache as published", f"{threshold:g}", steps, text))
+    long = f"max-skips={steps}"
+    methods = (
+        ("EasyCache", "easycache", (0.025, 0.05, 0.08, 0.12, 0.2, 0.3), "", f",reuse=residual,{long}"),
+        ("MagCache", "magcache", (0.03, 0.06, 0.12, 0.24), f",ratios={ratios}", ",reuse=residual"),
+        ("TeaCache", "teacache", (0.05, 0.08, 0.1, 0.15), f",coefficients={coefficients}", f",reuse=tokens,{long}"),
+        ("First-block cache", "fbcache", (0.03, 0.06, 0.1, 0.15, 0.25), "", f",reuse=tokens,{long}"),
+    )
+    for series, word, thresholds, measured, published in methods:
+        for suffix, settings in (("", ""), (" as published", published)):
+            for threshold in thresholds:
+                text = f"{word}:{threshold}{measured}{settings}"
+                made.append(Setting(f"{series}{suffix}", f"{threshold:g}", steps, text))
     return made

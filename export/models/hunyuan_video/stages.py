@@ -25,6 +25,7 @@ from reelforge.export.models.hunyuan_video.dit import (
 )
 from reelforge.export.models.hunyuan_video.dit_sparse import SparseDoubleBlock, SparseSingleBlock
 from reelforge.export.models.hunyuan_video.guidance import guidance_stage
+from reelforge.export.models.hunyuan_video.parted import parted_stages
 from reelforge.export.models.hunyuan_video.step_cache import step_cache_stages
 from reelforge.export.models.hunyuan_video.text_encoders import (
     ClipEmbedding,
@@ -59,18 +60,22 @@ _TOLERANCE = {"fp32": 2e-5, "fp16": 2e-2}
 _VAE_TOLERANCE = {**_TOLERANCE, "bf16": 1e-1}
 
 
-def hunyuan_video_stages(spec: ModelSpec, batch: int = 1, sparse: SparseAttention | None = None) -> tuple[Stage, ...]:
+def hunyuan_video_stages(
+    spec: ModelSpec, batch: int = 1, sparse: SparseAttention | None = None, parted: bool = False
+) -> tuple[Stage, ...]:
     """Return the stages of a HunyuanVideo of the given size.
 
     Args:
         spec: The model's numbers.
         batch: Largest number of videos per call of ``dit``; above one it takes ``text_lengths`` and masks keys.
         sparse: How the attention of ``dit`` leaves out keys; only for one video per call.
+        parted: Whether there are head, body and tail of ``dit`` too; not with sparse attention.
     """
     dit = _dit(spec, batch) if sparse is None else _sparse_dit(spec, sparse)
     guidance = guidance_stage(spec, batch, _TOLERANCE)
     caching = step_cache_stages(spec, batch, _TOLERANCE)
-    return (_llm(spec), _clip(spec), _refiner(spec), _modulation(spec), dit, guidance, *caching, _vae_decoder(spec))
+    looped = (dit, guidance, *caching, *(parted_stages(spec, dit) if parted else ()))
+    return (_llm(spec), _clip(spec), _refiner(spec), _modulation(spec), *looped, _vae_decoder(spec))
 
 
 def _llm(spec: ModelSpec) -> Stage:

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reelforge.tools.bench.step_cache import HEADINGS, rows, verdicts
-from reelforge.tools.bench.step_cache_chart import draw_chart
+from reelforge.tools.bench.demo_model import held_out_cases
+from reelforge.tools.bench.step_cache import HEADINGS, TEACACHE_PROMPTS, rows, verdicts
+from reelforge.tools.bench.step_cache_chart import COLOURS, draw_chart
 from reelforge.tools.bench.step_cache_overhead import STEPS as OVERHEAD_STEPS
 from reelforge.tools.bench.step_cache_overhead import overhead_us
 from reelforge.tools.bench.step_cache_runs import Point, Setting, line, psnr, settings_of
@@ -73,12 +74,17 @@ def test_goals_are_met_or_missed(evaluations: tuple[int, ...], lowest: float, sa
 
 
 def test_all_series_are_drawn() -> None:
-    settings = settings_of(STEPS, Path("r.json"))
+    settings = settings_of(STEPS, Path("r.json"), Path("tea.json"))
     points = [point(one.series, one.label, (10, 11), 40.0, 35.0) for one in settings]
     picture = draw_chart([FULL, *points], STEPS)
     assert picture.startswith(b"\x89PNG")
     assert draw_chart([FULL, *points], STEPS) == picture
+    assert {one.series for one in settings} == set(COLOURS)
     assert {one.steps for one in settings if one.series == "fewer steps"} >= {5, 8, 11, 19}
+
+
+def test_what_calibrates_is_not_what_is_judged() -> None:
+    assert not {case.prompt for case in held_out_cases()} & set(TEACACHE_PROMPTS)
 
 
 @pytest.mark.parametrize("threshold", [None, 0.0, 1.0])
