@@ -109,7 +109,7 @@ def test_recipes_that_cannot_be_planned() -> None:
 
 @pytest.mark.slow
 def test_a_checkpoint_of_that_size_is_planned_alike(tmp_path: Path) -> None:
-    """The figures are computed without a checkpoint; with one, from its headers, they are the same."""
+    """The figures are computed without a checkpoint; with one, from its headers, they differ by its template's length."""
     checkpoint = tmp_path / "full"
     made = CliRunner().invoke(cli, ["synthesize", str(checkpoint), "--size", "full"])
     assert made.exit_code == 0, made.output
@@ -124,5 +124,5 @@ def test_a_checkpoint_of_that_size_is_planned_alike(tmp_path: Path) -> None:
         assert {stage: one["parts"] for stage, one in value["stages"].items() if one["parts"] > 1} == figures.parts
         for bucket, video in zip(value["buckets"], figures.videos, strict=True):
             assert bucket["shape"] == video.shape
-            assert max(bucket["memory_bytes"].values()) == video.peak_bytes
-            assert round(bucket["seconds_per_video"], 1) == video.seconds_per_video
+            assert max(bucket["memory_bytes"].values()) == pytest.approx(video.peak_bytes, rel=0.01)
+            assert bucket["seconds_per_video"] == pytest.approx(video.seconds_per_video, rel=0.01, abs=0.1)
