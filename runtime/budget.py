@@ -1,12 +1,12 @@
 """Bytes: what a stage takes in the memory where it computes, and whether a budget suffices for it.
 
-Weights are the manifest's: of plans as their receipts count them, on the CPU as float32 where the graph computes in it
-(a 16-bit checkpoint is widened when a session is made). Activations of plans are what the library states per profile.
-On the CPU nobody states them; what is counted is an estimate, with constants read off ONNX Runtime 1.31 on the
-demonstration model (a decoder tile of 17 frames of 256 x 256 pixels: 327 MB). Not known, and not counted: the copies
-that a session makes while it is loaded (up to its weights once more), convolutions' workspaces, graphs, the CUDA
-context, latents, conditions and pictures. A budget is therefore what engines aim at, not a limit that the operating
-system would enforce.
+Weights are the manifest's: of plans as their receipts count them, on the CPU as float32 where 16-bit weights are
+widened when a session is made, and as they are in the file, with the largest as float32, where that is done in the run.
+Activations of plans are what the library states per profile. On the CPU nobody states them; what is counted is an
+estimate, with constants read off ONNX Runtime 1.31 on the demonstration model (a decoder tile of 17 frames of 256 x 256
+pixels: 327 MB). Not known, and not counted: the copies that a session makes while it is loaded (up to its weights once
+more), convolutions' workspaces, graphs, the CUDA context, latents, conditions and pictures. A budget is therefore what
+engines aim at, not a limit that the operating system would enforce.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from reelforge.runtime.engines.narrow_weights import widens_in_the_run
 from reelforge.runtime.errors import RequestError
 from reelforge.runtime.host_memory import available_bytes
 from reelforge.runtime.recipe import Backend
@@ -113,13 +114,15 @@ def stage_bytes(manifest: Manifest, entry: StageEntry, sizes: Mapping[str, int] 
         for plan in entry.plans:
             groups.setdefault(plan.architectures, []).append(plan)
         return max((_plan_bytes(plans, sizes) for plans in groups.values()), key=lambda need: need.total)
-    weights = 0
+    weights = widened = 0
     wide = manifest.target.backend is Backend.CPU
+    if wide and widens_in_the_run(entry):
+        widened, wide = max(math.prod(weight.shape) for weight in entry.weights) * _FLOAT_BYTES, False
     for weight in entry.weights:
         size = _WIDE_BYTES.get(weight.dtype) if wide else None
         weights += weight.length if size is None else math.prod(weight.shape) * size
     tensors = sum(_tensor_bytes(info, sizes) for info in (*entry.inputs, *entry.outputs))
-    return StageBytes(weights, tensors + _inner_bytes(manifest, entry.name, sizes))
+    return StageBytes(weights, widened + tensors + _inner_bytes(manifest, entry.name, sizes))
 
 
 def refuse_too_small(needs: Mapping[str, StageBytes], budget: int, what: str) -> None:

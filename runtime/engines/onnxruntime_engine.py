@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ from reelforge.runtime.engines.engine import (
     output_targets,
     thread_count,
 )
+from reelforge.runtime.engines.narrow_weights import SETTINGS, widens_in_the_run
 from reelforge.runtime.engines.onnxruntime_loop import OnnxRuntimeLoop
 from reelforge.runtime.engines.onnxruntime_providers import CPU, Device, Provider, require_active, require_available
 from reelforge.runtime.errors import EngineError, OutOfMemoryError
@@ -164,7 +166,10 @@ def engine_from_onnx(
         EngineError: If onnxruntime or the provider is not there, refuses the graph, or its tensors are not the
             entry's.
     """
-    return _load(str(path), f"the graph {path.name!r} of stage {entry.name!r}", entry, {}, options, provider)
+    settings: Mapping[str, str] = {}
+    if provider is CPU and widens_in_the_run(entry):  # an arena would keep the block of the largest copy
+        settings, options = SETTINGS, replace(options or EngineOptions(), arena=False)
+    return _load(str(path), f"the graph {path.name!r} of stage {entry.name!r}", entry, settings, options, provider)
 
 
 def engine_from_bytes(

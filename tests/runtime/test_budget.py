@@ -71,7 +71,11 @@ def test_weights_on_the_cpu_are_wide(fake_bundle: Path) -> None:
     stored = sum(weight.length for weight in llm.weights)
     assert stage_bytes(manifest, llm).weights == stored == (300 * 6 + 7) * 4
     narrow = tuple(WeightEntry(w.name, "BF16", w.shape, w.file, w.offset, w.length // 2, w.sha256) for w in llm.weights)
-    assert stage_bytes(manifest, replace(llm, weights=narrow)).weights == stored
+    often = stage_bytes(manifest, replace(llm, name="dit", weights=narrow))
+    assert often.weights == stored, "widened once, when it is loaded"
+    once = stage_bytes(manifest, replace(llm, weights=narrow))
+    assert once.weights == stored // 2, "widened in the run, one after the other"
+    assert once.activations == stage_bytes(manifest, llm).activations + 300 * 6 * 4
     on_gpu = replace(manifest, target=Target(Backend.CUDA))
     assert stage_bytes(on_gpu, replace(llm, weights=narrow)).weights == stored // 2
 
