@@ -109,7 +109,7 @@ def test_recipes_that_cannot_be_planned() -> None:
 
 @pytest.mark.slow
 def test_a_checkpoint_of_that_size_is_planned_alike(tmp_path: Path) -> None:
-    """The figures are computed without a checkpoint; with one, from its headers, they differ by its template's length."""
+    """The figures are computed without a checkpoint; with one, from its headers, only its template differs."""
     checkpoint = tmp_path / "full"
     made = CliRunner().invoke(cli, ["synthesize", str(checkpoint), "--size", "full"])
     assert made.exit_code == 0, made.output
