@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
 from playwright.sync_api import Page, expect
 
+from reelforge.runtime.events import Event
+from reelforge.runtime.request import Request
+from reelforge.tools.service.resuming import ResumingPipeline
 from tests.tools.service_page.stand_in import StandIn
 
 PATIENCE_MS = 20_000
@@ -46,3 +53,15 @@ def hold_at_step(page: Page, service: StandIn, prompt: str = "a job that takes i
     page.locator("#stage img.preview").wait_for()
     service.script.hold.clear()
     return max(service.jobs)
+
+
+def slowed(seconds: float) -> Callable[..., Iterator[Event]]:
+    """Return a slower ``ResumingPipeline.stream``: small bundles are done before anything can be watched."""
+    stream = ResumingPipeline.stream
+
+    def slow(pipeline: ResumingPipeline, request: Request, **options: Any) -> Iterator[Event]:
+        for event in stream(pipeline, request, **options):
+            yield event
+            time.sleep(seconds)
+
+    return slow

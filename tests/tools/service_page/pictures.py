@@ -16,12 +16,14 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from reelforge.tools.service.application import create_application
+from reelforge.tools.service.resuming import ResumingPipeline
 from reelforge.tools.service.settings import Settings
-from tests.tools.service_page.acts import ask, expect_playing, open_page
+from tests.tools.service_page.acts import ask, expect_playing, open_page, slowed
 from tests.tools.service_page.conftest import browser_command
 from tests.tools.service_page.stand_in import served
 
@@ -82,11 +84,12 @@ def take(browser: Browser, url: str, view: str, scheme: str, running: bool) -> N
     page.mouse.wheel(0, 2000)
     show_history(page)
     if running:
-        page.get_by_label("Steps").fill("60")
         page.get_by_label("Seed").fill("7")
-        ask(page, PROMPT)
-        page.wait_for_function("() => /step (4[0-9])/.test(document.querySelector('#stage .detail').textContent)")
+        with patch.object(ResumingPipeline, "stream", slowed(0.5)):
+            ask(page, PROMPT)
+            page.wait_for_function("() => /step 1[4-6]/.test(document.querySelector('#stage .detail').textContent)")
     else:
+        page.evaluate("window.scrollTo(0, 0)")  # what is not seen does not begin to play by itself
         expect_playing(page)
         page.mouse.move(0, 0)
         page.wait_for_timeout(3500)  # the player's controls go away

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import av
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from reelforge.runtime.events import Event
-from reelforge.runtime.request import Request
 from reelforge.tools.service.application import create_application
 from reelforge.tools.service.resuming import ResumingPipeline
 from reelforge.tools.service.settings import ApiKey, Settings
 from tests.runtime.fake_bundle import write_fake_bundle
-from tests.tools.service_page.acts import ask, expect_playing, open_page
+from tests.tools.service_page.acts import ask, expect_playing, open_page, slowed
 from tests.tools.service_page.conftest import Watch
 from tests.tools.service_page.stand_in import served
 
@@ -48,14 +44,7 @@ def service_over(settings: Settings) -> Iterator[str]:
 @pytest.fixture
 def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bundle is so small that nothing could be watched."""
-    stream = ResumingPipeline.stream
-
-    def slow(pipeline: ResumingPipeline, request: Request, **options: Any) -> Iterator[Event]:
-        for event in stream(pipeline, request, **options):
-            yield event
-            time.sleep(0.05)
-
-    monkeypatch.setattr(ResumingPipeline, "stream", slow)
+    monkeypatch.setattr(ResumingPipeline, "stream", slowed(0.05))
 
 
 @pytest.fixture
