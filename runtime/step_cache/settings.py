@@ -98,11 +98,15 @@ class StepCache:
     coefficients: Rescaling | None = None
 
     @classmethod
-    def parse(cls, text: str) -> StepCache:
-        """Read ``METHOD:THRESHOLD[,NAME=VALUE...]``, or ``off``; a file of ratios is read at once.
+    def parse(cls, text: str, *, files: bool = True) -> StepCache:
+        """Read ``METHOD:THRESHOLD[,NAME=VALUE...]``, or ``off``; a file that is named is read at once.
+
+        Args:
+            text: What was said.
+            files: Whether who said it may name files of this machine.
 
         Raises:
-            RequestError: If the text has another form, or the file cannot be read.
+            RequestError: If the text has another form, or a file cannot be read or must not be named.
         """
         if text.strip() == "off":
             return OFF
@@ -112,6 +116,14 @@ class StepCache:
         settings = dict(_option(option, text) for option in options)
         if len(settings) != len(options):
             raise _unreadable(text, "each setting once")
+        named = sorted(settings.keys() & _MEASURED.keys())
+        if named and not files:
+            raise RequestError(
+                f"step caching with {' and '.join(named)} names a file, which this request may not.",
+                received=f"{', '.join(named)} in the request",
+                expected="settings without files",
+                fix="leave it out, or let the bundle have a default: build-engine --step-cache",
+            )
         ratios, coefficients = settings.get("ratios"), settings.get("coefficients")
         return cls(
             method,

@@ -46,7 +46,8 @@ def disk_full(bundle: Path, folder: Path) -> tuple[str, str, bool]:
         with _serving(bundle, folder / "data") as (process, client):
             ballast = process.data / "ballast"
             ballast.write_bytes(bytes((shutil.disk_usage(process.data).free // 1024 - LEFT_KIB) * 1024))
-            answers, ids = Counter[str](), []
+            answers = Counter[str]()
+            ids: list[str] = []
             end = time.monotonic() + 12
             while time.monotonic() < end:
                 answer = client.post("/v1/videos", json={**BODY, "seed": len(ids)})
@@ -116,7 +117,7 @@ def clock_jumps(bundle: Path, folder: Path) -> tuple[str, str, bool]:
     )
     with _serving(bundle, folder / "data", "--retention", "1h", before=tamper) as (_, client):
         end = time.monotonic() + 8
-        jobs = []
+        jobs: list[dict[str, Any]] = []
         while time.monotonic() < end:
             job = _post(client, seed=len(jobs), deadline_s=600.0)
             jobs.append(_ended(client, job))

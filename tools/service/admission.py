@@ -50,13 +50,10 @@ def admit(body: VideoRequest, limits: Limits, facts: Facts, backend: Backend) ->
     problems = _problems(body, limits, allowed)
     cache = None
     if body.step_cache is not None:
-        if "ratios" in body.step_cache.lower():
-            problems.append("step_cache: ratios name a file, which requests over the network may not")
-        else:
-            try:
-                cache = StepCache.parse(body.step_cache)
-            except RequestError as error:
-                problems.append(f"step_cache: {sentence(error)}")
+        try:
+            cache = StepCache.parse(body.step_cache, files=False)
+        except RequestError as error:
+            problems.append(f"step_cache: {sentence(error)}")
     if problems:
         raise invalid(problems)
     width, height = _size(body.size)

@@ -141,7 +141,7 @@ class TritonPythonModel:
             if tensor is not None:
                 values[name] = _single(name, tensor.as_numpy())
         if "step_cache" in values:
-            values["step_cache"] = StepCache.parse(values["step_cache"]) if values["step_cache"] else None
+            values["step_cache"] = StepCache.parse(values["step_cache"], files=False) if values["step_cache"] else None
         return Request(**values)
 
     def _error(self, error: Exception) -> Any:

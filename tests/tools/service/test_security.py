@@ -143,7 +143,8 @@ def test_large_bodies_are_not_read(serve: Serve, backend: FakeBackend) -> None:
         (Limits(steps=2), {}, "steps: 3 are more than 2"),
         (Limits(priority=0), {"priority": 1}, "priority: 1 is not in -0..0"),
         (Limits(deadline_s=5.0), {"deadline_s": 6.0}, "deadline_s: 6 is more than 5"),
-        (Limits(), {"step_cache": "magcache:0.1,ratios=/etc/passwd"}, "ratios name a file"),
+        (Limits(), {"step_cache": "magcache:0.1,ratios=/etc/passwd"}, "with ratios names a file"),
+        (Limits(), {"step_cache": "teacache:0.1, coefficients =/etc/passwd"}, "with coefficients names a file"),
         (Limits(), {"step_cache": "no:such"}, "step_cache"),
     ],
 )
