@@ -54,7 +54,7 @@ def fingerprint(tensors: Iterable[StoredTensor]) -> str:
 
 
 def bundle_fingerprint(bundle: Bundle) -> str:
-    """Return the identity of the checkpoint that ``bundle`` was built from.
+    """Return the identity of the checkpoint that ``bundle`` was built from, whichever views of its stages it has.
 
     Raises:
         BundleError: If a weight file cannot be read.
@@ -63,7 +63,10 @@ def bundle_fingerprint(bundle: Bundle) -> str:
 
 
 def _stored_tensors(bundle: Bundle) -> Iterable[StoredTensor]:
-    for stage in bundle.manifest.stages:
+    stages = bundle.manifest.stages
+    for stage in stages:
+        if any(set(stage.weights) < set(other.weights) for other in stages):
+            continue  # another view of that stage, of which a bundle may have some or none
         for weight in stage.weights:
             try:
                 with (bundle.path / weight.file).open("rb", buffering=0) as file:

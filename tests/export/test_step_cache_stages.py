@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from reelforge.calibration.fingerprint import bundle_fingerprint
 from reelforge.export.build import build_bundle
 from reelforge.export.build_request import BuildRequest
+from reelforge.export.build_source import open_source
 from reelforge.export.models.hunyuan_video.stages import hunyuan_video_stages
 from reelforge.export.partition import partition
 from reelforge.export.plans import chained
@@ -149,6 +151,16 @@ def test_parts_have_the_weights_of_the_whole_once(parted: Stages) -> None:
         f"{part}.onnx" for part in ("dit_head", "dit_body", "dit_tail")
     }, "graphs, and no weights of their own"
     assert not any(weight.name.startswith(("double.1", "single")) for weight in parted.bundle.stage("dit_head").weights)
+
+
+def test_parts_are_no_other_checkpoint(
+    parted: Stages, tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Scales that were made with a bundle serve builds with and without parts, and a checkpoint read anew."""
+    known = {bundle_fingerprint(Stages(tiny_bundle).bundle), bundle_fingerprint(parted.bundle)}
+    for cut in (False, True):
+        known.add(open_source(BuildRequest(tiny_checkpoint, tmp_path / "x", CPU, parted=cut)).fingerprint())
+    assert len(known) == 1
 
 
 @pytest.mark.parametrize("shape", SHAPES)
