@@ -6,7 +6,6 @@ imported when the first engine is loaded. The module does not know which stage i
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from reelforge.runtime.engines.engine import (
     thread_count,
 )
 from reelforge.runtime.engines.narrow_weights import SETTINGS, widens_in_the_run
+from reelforge.runtime.engines.onnxruntime_library import import_onnxruntime
 from reelforge.runtime.engines.onnxruntime_loop import OnnxRuntimeLoop
 from reelforge.runtime.engines.onnxruntime_providers import CPU, Device, Provider, require_active, require_available
 from reelforge.runtime.errors import EngineError, OutOfMemoryError
@@ -205,7 +205,7 @@ def _load(
             received=options.graph_optimization,
             expected=" or ".join(_LEVELS),
         )
-    runtime = _import_onnxruntime(provider)
+    runtime = _onnxruntime_for(provider)
     providers = require_available(provider, runtime)
     settings = runtime.SessionOptions()
     settings.intra_op_num_threads = thread_count(options)
@@ -241,9 +241,9 @@ def _load(
     return OnnxRuntimeEngine(entry.name, session, runtime, entry, arena, provider.device)
 
 
-def _import_onnxruntime(provider: Provider) -> ModuleType:
+def _onnxruntime_for(provider: Provider) -> ModuleType:
     try:
-        return importlib.import_module("onnxruntime")
+        return import_onnxruntime()
     except ImportError as error:
         raise EngineError(
             "onnxruntime is not installed, and this bundle's engines run on it.",

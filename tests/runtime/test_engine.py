@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from reelforge.runtime.bundle.open import Bundle
-from reelforge.runtime.engines import onnxruntime_engine
+from reelforge.runtime.engines import onnxruntime_library
 from reelforge.runtime.engines.engine import EngineOptions
 from reelforge.runtime.engines.onnxruntime_engine import OnnxRuntimeEngine, engine_from_bytes, engine_from_onnx
 from reelforge.runtime.errors import EngineError
@@ -248,7 +248,7 @@ def test_onnxruntime_that_is_not_installed(bundle: Bundle, monkeypatch: pytest.M
     def missing(name: str) -> None:
         raise ModuleNotFoundError(f"No module named {name!r}")
 
-    monkeypatch.setattr(onnxruntime_engine.importlib, "import_module", missing)
+    monkeypatch.setattr(onnxruntime_library.importlib, "import_module", missing)
     with pytest.raises(EngineError, match="onnxruntime is not installed") as caught:
         engine_from_onnx(bundle.graph("dit"), bundle.stage("dit"))
     assert "pip install reelforge[cpu]" in str(caught.value)

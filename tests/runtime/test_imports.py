@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 import textwrap
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import reelforge.runtime as runtime
+from reelforge.runtime.engines.onnxruntime_library import TELEMETRY_SWITCH
 
 HEAVY = ["torch", "onnx", "onnxscript", "onnx_ir", "transformers", "diffusers", "safetensors", "ml_dtypes", "scipy"]
 OURS = ["reelforge.export", "reelforge.calibration", "reelforge.plugins", "reelforge.tools"]
@@ -36,6 +38,24 @@ def test_a_generation_loads_no_compiler(fake_bundle: Path, tmp_path: Path) -> No
     loaded = run(script, str(fake_bundle), str(tmp_path / "x.png")).split()
     assert loaded
     assert all(name == "reelforge" or name.startswith("reelforge.runtime") for name in loaded)
+
+
+@pytest.mark.parametrize("decided", [None, "0"])
+def test_onnxruntime_reports_nothing(fake_bundle: Path, tmp_path: Path, decided: str | None) -> None:
+    """Unless the user decided otherwise: that it then keeps events also shows that we look in the right place."""
+    script = """
+        import sys
+        from reelforge.runtime import Pipeline, Request
+        Pipeline.open(sys.argv[1]).generate(Request("a ball", frames=1, steps=1))
+    """
+    inherited = {name: value for name, value in os.environ.items() if name not in ("CI", "XDG_CACHE_HOME")}
+    environment = inherited | {"HOME": str(tmp_path)} | ({} if decided is None else {TELEMETRY_SWITCH: decided})
+    if decided is None:
+        environment.pop(TELEMETRY_SWITCH, None)
+    command = [sys.executable, "-c", textwrap.dedent(script), str(fake_bundle)]
+    subprocess.run(command, env=environment, check=True)
+    found = [path.name for path in tmp_path.rglob("*") if "onnxruntime" in path.name]
+    assert bool(found) == (decided is not None)
 
 
 def test_importing_the_package_is_light() -> None:

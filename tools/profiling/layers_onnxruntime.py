@@ -7,7 +7,6 @@ On a GPU provider the profiler sees launches and not kernels, so it is used on t
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import tempfile
@@ -17,6 +16,7 @@ from typing import Any
 
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.engines.engine import Array, EngineOptions, thread_count
+from reelforge.runtime.engines.onnxruntime_library import import_onnxruntime
 from reelforge.tools.profiling.layer_names import kind_of
 from reelforge.tools.profiling.layers import NodeTime, StageLayers, stage_layers
 
@@ -52,7 +52,7 @@ def profile_stage(
 
 def _run(graph: Path, inputs: Mapping[str, Array], options: EngineOptions, calls: int, prefix: Path) -> Path:
     """Run a graph under the profiler and return the profiler's file."""
-    runtime = importlib.import_module("onnxruntime")
+    runtime = import_onnxruntime()
     settings = runtime.SessionOptions()
     settings.intra_op_num_threads = thread_count(options)
     settings.inter_op_num_threads = 1

@@ -8,7 +8,6 @@ bundle.
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 import time
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from reelforge.runtime.engines.onnxruntime_library import import_onnxruntime
 from reelforge.tools.profiling.schema import Peak
 from reelforge.tools.profiling.schema_work import Machine
 
@@ -108,7 +108,7 @@ def _bandwidth(threads: int) -> float:
 
 def _product(operator: str, left: int, right: int, result: int, threads: int) -> Callable[[], object]:
     """Return a product of a matrix with a constant one, in ONNX Runtime."""
-    runtime: Any = importlib.import_module("onnxruntime")
+    runtime: Any = import_onnxruntime()
     settings = runtime.SessionOptions()
     settings.intra_op_num_threads = threads
     settings.log_severity_level = 4
