@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -58,16 +59,15 @@ def shown(hidden: bool, on_stage: Callable[[StageEntry], None]) -> Iterator[Buil
 
 
 def node_table(manifest: Manifest) -> Table:
-    """Operators by stage, the most frequent first."""
-    table = Table(title="nodes by type")
-    table.add_column("operator")
-    totals: dict[str, int] = {}
+    """Operators of each stage, the most frequent first; a row per stage."""
+    table = Table(title="nodes by type", title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("stage", no_wrap=True)
+    table.add_column("nodes", justify="right")
+    table.add_column("operators")
     for entry in manifest.stages:
-        table.add_column(entry.name, justify="right")
-        for operator, count in entry.nodes.items():
-            totals[operator] = totals.get(operator, 0) + count
-    for operator in sorted(totals, key=lambda name: (-totals[name], name)):
-        table.add_row(operator, *(str(entry.nodes.get(operator, "")) for entry in manifest.stages))
+        counts = sorted(entry.nodes.items(), key=lambda item: (-item[1], item[0]))
+        operators = ", ".join(f"{operator} {count}" for operator, count in counts)
+        table.add_row(entry.name, str(sum(entry.nodes.values())), operators)
     return table
 
 
