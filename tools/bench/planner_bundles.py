@@ -79,10 +79,11 @@ def compare_bundle(path: Path) -> Iterator[Comparison]:
 def compare(manifest: Manifest, path: Path) -> Iterator[Comparison]:
     """Yield the figures of a manifest whose plans and receipts lie below ``path``."""
     plan = plan_of_manifest(manifest)
+    builds = {build.stage: build for build in plan.builds}
     for entry in manifest.stages:
-        build = next(build for build in plan.builds if build.stage == entry.name)
-        if not build.weight_bytes:
-            continue  # a few kilobytes of code
+        build = builds.get(entry.name)
+        if build is None or not build.weight_bytes:
+            continue  # a view of another stage's weights, or a few kilobytes of code
         if not entry.plans:
             actual = sum(length for _, _, length in {(one.file, one.offset, one.length) for one in entry.weights})
             yield Comparison(entry.name, "weights", build.weight_bytes, actual)

@@ -136,14 +136,14 @@ def test_an_export_is_described_as_it_went() -> None:
 
 @pytest.mark.slow
 def test_an_export_ends_or_says_what_it_ran_out_of(tmp_path: Path) -> None:
-    done = peers_export.export(1, 1, tmp_path / "a", 18 * 10**9, 200.0, 2, 32)
+    done = peers_export.export(1, 1, tmp_path / "a", 18 * 10**9, 200.0, 2, 128)
     assert done.failure == ""
     assert done.seconds is not None
     assert done.weight_bytes > 1e6
     assert done.peak_bytes > 1e8
     starved = peers_export.export(1, 1, tmp_path / "b", 300 * 10**6, 200.0, 24, 128)
     assert starved.failure == "out of memory before the module was made"
-    late = peers_export.export(1, 1, tmp_path / "c", 18 * 10**9, 0.2, 2, 32)
+    late = peers_export.export(1, 1, tmp_path / "c", 18 * 10**9, 0.2, 2, 128)
     assert late.failure == "out of time before the module was made"
     assert not list(tmp_path.iterdir())
 
