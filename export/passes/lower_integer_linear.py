@@ -16,43 +16,39 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult, PostconditionError
+from onnx_ir.passes import PassResult
 
 from reelforge.export.passes.editing import GraphEditor, replace_output
 from reelforge.export.passes.layers import stored_value
+from reelforge.export.passes.lowering import LoweringPass
 
 CONTRIB_DOMAIN = "com.microsoft"
 INTEGER_PRODUCT = "MatMulIntegerToFloat"
 
 
-class LowerIntegerLinearPass(InPlacePass):
+class LowerIntegerLinearPass(LoweringPass["_Quantised"]):
     """Replace every ``Gemm`` of dequantised uint8 rows and int8 stored weights."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.refused: dict[str, str] = {}
+    left = "is still a product of dequantised codes"
+
+    def concerns(self, node: ir.Node) -> bool:
+        """See :class:`LoweringPass`."""
+        return node.op_type == "Gemm" and node.domain in ("", "ai.onnx")
+
+    def find(self, node: ir.Node) -> _Quantised | str:
+        """See :class:`LoweringPass`."""
+        return _quantised(node)
+
+    def lower(self, graph: ir.Graph, node: ir.Node, found: _Quantised) -> None:
+        """See :class:`LoweringPass`."""
+        _lower(graph, node, found)
 
     def call(self, model: ir.Model) -> PassResult:
         """Lower each product."""
-        lowered = 0
-        for node in list(model.graph):
-            if node.op_type != "Gemm" or node.domain not in ("", "ai.onnx"):
-                continue
-            found = _quantised(node)
-            if isinstance(found, str):
-                self.refused[node.name or ""] = found
-                continue
-            _lower(model.graph, node, found)
-            lowered += 1
-        if lowered:
+        result = super().call(model)
+        if result.modified:
             model.opset_imports[CONTRIB_DOMAIN] = 1
-        return PassResult(model, modified=bool(lowered))
-
-    def ensures(self, model: ir.Model) -> None:
-        """No product of codes is left that ONNX Runtime would compute otherwise."""
-        for node in model.graph:
-            if node.op_type == "Gemm" and not isinstance(_quantised(node), str):
-                raise PostconditionError(f"{node.name} is still a product of dequantised codes")
+        return result
 
 
 @dataclass(frozen=True)

@@ -11,39 +11,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult, PostconditionError
 
 from reelforge.export.passes.attention_pattern import UnmatchedError, rotation_of
 from reelforge.export.passes.editing import GraphEditor
+from reelforge.export.passes.lowering import LoweringPass
 
 ROTATION = "RotaryEmbedding"
 
 
-class LowerRotationPass(InPlacePass):
+class LowerRotationPass(LoweringPass["_Rotated"]):
     """Replace rotations of ``[1, S, h, d]`` by ``RotaryEmbedding``."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.refused: dict[str, str] = {}
+    left = "still rotates in pieces"
 
-    def call(self, model: ir.Model) -> PassResult:
-        """Lower each rotation."""
-        lowered = 0
-        for node in list(model.graph):
-            if node.op_type == "Concat" and len(node.inputs) == 2:
-                found = _rotated(node)
-                if isinstance(found, str):
-                    self.refused[node.name or ""] = found
-                    continue
-                _lower(model.graph, node, found)
-                lowered += 1
-        return PassResult(model, modified=bool(lowered))
+    def concerns(self, node: ir.Node) -> bool:
+        """See :class:`LoweringPass`."""
+        return node.op_type == "Concat" and len(node.inputs) == 2
 
-    def ensures(self, model: ir.Model) -> None:
-        """No rotation is left that could be one operator."""
-        for node in model.graph:
-            if node.op_type == "Concat" and len(node.inputs) == 2 and not isinstance(_rotated(node), str):
-                raise PostconditionError(f"{node.name} still rotates in pieces")
+    def find(self, node: ir.Node) -> _Rotated | str:
+        """See :class:`LoweringPass`."""
+        return _rotated(node)
+
+    def lower(self, graph: ir.Graph, node: ir.Node, found: _Rotated) -> None:
+        """See :class:`LoweringPass`."""
+        _lower(graph, node, found)
 
 
 @dataclass(frozen=True)

@@ -10,37 +10,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import onnx_ir as ir
-from onnx_ir.passes import InPlacePass, PassResult, PostconditionError
 
 from reelforge.export.passes.editing import GraphEditor
+from reelforge.export.passes.lowering import LoweringPass
 
 
-class LowerUpsamplingPass(InPlacePass):
+class LowerUpsamplingPass(LoweringPass["_Upsampling"]):
     """Replace nearest ``Resize`` of ``[1, C, T, H, W]`` by whole factors, in four dimensions."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.refused: dict[str, str] = {}
+    left = "still upsamples five dimensions"
 
-    def call(self, model: ir.Model) -> PassResult:
-        """Lower each node."""
-        lowered = 0
-        for node in list(model.graph):
-            if node.op_type != "Resize":
-                continue
-            found = _upsampling(node)
-            if isinstance(found, str):
-                self.refused[node.name or ""] = found
-                continue
-            _lower(model.graph, node, found)
-            lowered += 1
-        return PassResult(model, modified=bool(lowered))
+    def concerns(self, node: ir.Node) -> bool:
+        """See :class:`LoweringPass`."""
+        return node.op_type == "Resize"
 
-    def ensures(self, model: ir.Model) -> None:
-        """No node is left that could be lowered."""
-        for node in model.graph:
-            if node.op_type == "Resize" and not isinstance(_upsampling(node), str):
-                raise PostconditionError(f"{node.name} still upsamples five dimensions")
+    def find(self, node: ir.Node) -> _Upsampling | str:
+        """See :class:`LoweringPass`."""
+        return _upsampling(node)
+
+    def lower(self, graph: ir.Graph, node: ir.Node, found: _Upsampling) -> None:
+        """See :class:`LoweringPass`."""
+        _lower(graph, node, found)
 
 
 @dataclass(frozen=True)
