@@ -6,11 +6,11 @@ Knows the manifest; not engines, and not how a prompt is tokenised.
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
-from reelforge.runtime.attention.table import DENSE, AttentionTable
+from reelforge.runtime.attention.table import DENSE, AttentionTable, Pattern, checked
 from reelforge.runtime.attention.table import problems as table_problems
 from reelforge.runtime.errors import RequestError
 from reelforge.runtime.noise import MAX_SEED
@@ -119,8 +119,9 @@ def resolve_request(request: Request, manifest: Manifest, bundle_name: str) -> R
     steps = _default(request.steps, defaults.steps)
     guidance = _default(request.guidance, defaults.guidance)
     shift = _default(request.shift, defaults.shift)
-    problems += [problem for name in _SIZES if (problem := _size_problem(name, sizes[name], manifest))]
-    problems += _integer_problems("steps", steps, 1, MAX_STEPS, defaults.steps)
+    size_problems = [problem for name in _SIZES if (problem := _size_problem(name, sizes[name], manifest))]
+    step_problems = _integer_problems("steps", steps, 1, MAX_STEPS, defaults.steps)
+    problems += size_problems + step_problems
     problems += _integer_problems("seed", request.seed, 0, MAX_SEED, 0)
     problems += _number_problems("guidance", guidance, defaults.guidance)
     problems += _number_problems("shift", shift, defaults.shift)
@@ -131,10 +132,13 @@ def resolve_request(request: Request, manifest: Manifest, bundle_name: str) -> R
     problems += guidance_problems
     step_cache = _step_cache(request, manifest)
     problems += _step_cache_problems(step_cache, manifest)
-    if manifest.target.backend.has_plans and not problems:
-        problems += _plan_problems(VideoShape(**sizes), steps, manifest)
-    if request.attention is not None and not problems:
-        problems += _attention_problems(request.attention, VideoShape(**sizes), steps, manifest)
+    # What a number that is wrong by itself would mean for plans and tables is not asked; everything else is.
+    usable_shape = None if size_problems else VideoShape(**sizes)
+    usable_steps = None if step_problems else steps
+    if manifest.target.backend.has_plans:
+        problems += _plan_problems(usable_shape, usable_steps, manifest)
+    if request.attention is not None:
+        problems += _attention_problems(request.attention, usable_shape, usable_steps, manifest)
     if problems:
         names = ", ".join(problem.received for problem in problems)
         raise RequestError(
@@ -175,7 +179,8 @@ def _default(value: Number | None, default: Number) -> Number:
 def _step_cache(request: Request, manifest: Manifest) -> StepCache | None:
     if request.step_cache is None:
         return None if manifest.step_cache is None else StepCache.parse(manifest.step_cache)
-    return None if request.step_cache == OFF else request.step_cache
+    is_off = isinstance(request.step_cache, StepCache) and request.step_cache == OFF
+    return None if is_off else request.step_cache
 
 
 def _step_cache_problems(cache: object, manifest: Manifest) -> list[_Problem]:
@@ -208,15 +213,16 @@ def _cfg(request: Request, manifest: Manifest) -> tuple[str | None, list[_Proble
     scale = _default(request.cfg_scale, NO_GUIDANCE)
     problems = _number_problems("cfg_scale", scale, NO_GUIDANCE)
     said = f"cfg_scale={_shown(scale)}"
+    unguided = not problems and scale == NO_GUIDANCE
     if not problems and scale < NO_GUIDANCE:
         problems.append(_Problem(said, "cfg_scale of at least 1", "use cfg_scale=1, or leave it out"))
-    guided = not problems and scale != NO_GUIDANCE
+    guided = not problems and not unguided
     if guided and manifest.stage(GUIDANCE_STAGE) is None:
         expected = "no cfg_scale: the bundle has no stage 'guidance'"
         problems.append(_Problem(said, expected, "leave it out, or rebuild the bundle"))
     negative, said_wrong = _clean("" if request.negative_prompt is None else request.negative_prompt)
     problems += [replace(one, received=f"negative_{one.received}") for one in said_wrong]
-    if request.negative_prompt is not None and scale == NO_GUIDANCE:
+    if request.negative_prompt is not None and unguided:
         problems.append(
             _Problem(
                 f"negative_prompt={_shown(request.negative_prompt)}",
@@ -272,27 +278,25 @@ def _size_problem(name: str, value: object, manifest: Manifest) -> _Problem | No
     return _Problem(f"{name}={_shown(value)}", expected, hint)
 
 
-def _plan_problems(shape: VideoShape, steps: int, manifest: Manifest) -> list[_Problem]:
+def _plan_problems(shape: VideoShape | None, steps: int | None, manifest: Manifest) -> list[_Problem]:
     """Plans are compiled for single shapes, not for the range that these span, and for so many steps at most."""
-    problems = []
     profiles = [profile for stage in manifest.stages for plan in stage.plans for profile in plan.profiles]
+    problems = [] if shape is None else _plan_shape_problems(shape, profiles, manifest)
+    limits = [profile.dimensions["steps"][2] for profile in profiles if "steps" in profile.dimensions]
+    if steps is not None and limits and steps > min(limits):
+        problems.append(_Problem(f"steps={steps}", f"steps up to {min(limits)}", f"use steps={min(limits)}"))
+    return problems
+
+
+def _plan_shape_problems(shape: VideoShape, profiles: Sequence[ProfileEntry], manifest: Manifest) -> list[_Problem]:
     _, frames, height, width = manifest.spec.latent_shape(shape.height, shape.width, shape.frames)
     wanted = {"latent_frames": frames, "latent_height": height, "latent_width": width}
     videos = {profile.name: profile for profile in profiles if set(wanted) <= set(profile.dimensions)}
-    if not any(_takes(profile, wanted) for profile in videos.values()):
-        listed = ", ".join(videos)
-        named = ",".join(str(one) for one in manifest.recipe.shapes)
-        problems.append(
-            _Problem(
-                f"shape={shape}",
-                f"shape one of {listed}",
-                f"use one of them, or rebuild with --shapes {named},{shape}",
-            )
-        )
-    limits = [profile.dimensions["steps"][2] for profile in profiles if "steps" in profile.dimensions]
-    if limits and steps > min(limits):
-        problems.append(_Problem(f"steps={steps}", f"steps up to {min(limits)}", f"use steps={min(limits)}"))
-    return problems
+    if any(_takes(profile, wanted) for profile in videos.values()):
+        return []
+    named = ",".join(str(one) for one in manifest.recipe.shapes)
+    fix = f"use one of them, or rebuild with --shapes {named},{shape}"
+    return [_Problem(f"shape={shape}", f"shape one of {', '.join(videos)}", fix)]
 
 
 def _takes(profile: ProfileEntry, sizes: Mapping[str, int]) -> bool:
@@ -300,10 +304,19 @@ def _takes(profile: ProfileEntry, sizes: Mapping[str, int]) -> bool:
     return all(ranges[name][0] <= size <= ranges[name][2] for name, size in sizes.items())
 
 
-def _attention_problems(table: AttentionTable, shape: VideoShape, steps: int, manifest: Manifest) -> list[_Problem]:
-    sparse, dit = manifest.recipe.sparse_attention, manifest.spec.dit
-    grid = manifest.spec.token_grid(shape.height, shape.width, shape.frames)
-    found = table_problems(table, sparse, grid, dit.heads, steps)
+def _attention_problems(
+    table: object, shape: VideoShape | None, steps: int | None, manifest: Manifest
+) -> list[_Problem]:
+    if not isinstance(table, AttentionTable) or not isinstance(table.pattern, Pattern):
+        fix = "use for example usual_table(Pattern.RADIAL), or leave it out"
+        return [_Problem(f"attention={_shown(table)}", "attention an AttentionTable with a Pattern", fix)]
+    try:
+        checked(table)
+    except RequestError as error:
+        what = error.where.removeprefix("the attention table has ").removesuffix(" that cannot be used.")
+        return [_Problem(f"attention with {what}={error.received}", f"{what} {error.expected}", error.fix)]
+    grid = None if shape is None else manifest.spec.token_grid(shape.height, shape.width, shape.frames)
+    found = table_problems(table, manifest.recipe.sparse_attention, grid, manifest.spec.dit.heads, steps)
     return [_Problem(problem.received, problem.expected, problem.fix) for problem in found]
 
 

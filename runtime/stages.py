@@ -23,11 +23,12 @@ from reelforge.runtime.bundle.watch import Watch
 from reelforge.runtime.control import Stop
 from reelforge.runtime.engines.engine import Array, Engine, EngineOptions
 from reelforge.runtime.engines.load import load_engine
-from reelforge.runtime.errors import EngineError, OutOfMemoryError
+from reelforge.runtime.errors import OutOfMemoryError
 from reelforge.runtime.host_memory import return_freed
 from reelforge.runtime.memo import Memos, key_of
 from reelforge.runtime.recipe import Backend
 from reelforge.runtime.residency import Residency
+from reelforge.runtime.turns import refuse_fork
 
 if TYPE_CHECKING:
     from reelforge.runtime.engines.device_session import DeviceSession
@@ -106,13 +107,7 @@ class Stages:
             BundleError: If the bundle lacks the stage, or a file of it was altered since the bundle was opened.
             EngineError: If it cannot be loaded, or this process is not the one that opened the pipeline.
         """
-        if self.is_forked:
-            raise EngineError(
-                "this pipeline was opened by another process, from which this one was forked.",
-                received=f"process {os.getpid()}",
-                expected=f"process {self._process}: threads and devices do not survive a fork",
-                fix="open the pipeline in each process after forking, or start processes with 'spawn'",
-            )
+        refuse_fork(self._process)
         try:
             with self.residency.lease(stage) as engine:
                 yield engine

@@ -1,11 +1,13 @@
 """Whose turn it is: one generation at a time, first come first served, and nobody waits for himself.
 
-The module does not know what is done during a turn. Fairness between callers and limits on how many may wait are
-matters of a queue in front of it.
+Nor for another process: a fork copies who has the turn, and not the thread that would end it. The module does not know
+what is done during a turn. Fairness between callers and limits on how many may wait are matters of a queue in front of
+it.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ class Turns:
     """Hands out turns in the order in which they were asked for."""
 
     def __init__(self) -> None:
+        self._process = os.getpid()
         self._changed = threading.Condition()
         self._waiting: deque[object] = deque()
         self._owner: int | None = None
@@ -31,9 +34,11 @@ class Turns:
         """Wait for a turn, which lasts until the block's end; another thread may be the one that ends it.
 
         Raises:
-            EngineError: If the same thread has the turn already and would wait for itself.
+            EngineError: If the same thread has the turn already and would wait for itself, or this process is not the
+                one that made the line.
             CancelledError: If ``stop`` ends the wait.
         """
+        refuse_fork(self._process)  # before the lock, which another thread may have had when the process was forked
         thread, ticket = threading.get_ident(), object()
         with self._changed:
             if self._owner == thread:
@@ -60,3 +65,21 @@ class Turns:
             with self._changed:
                 self._owner = None
                 self._changed.notify_all()
+
+
+def refuse_fork(process: int) -> None:
+    """Refuse to go on in another process than the one that opened a pipeline.
+
+    Args:
+        process: The number of that process.
+
+    Raises:
+        EngineError: If this one was forked from it.
+    """
+    if os.getpid() != process:
+        raise EngineError(
+            "this pipeline was opened by another process, from which this one was forked.",
+            received=f"process {os.getpid()}",
+            expected=f"process {process}: threads and devices do not survive a fork",
+            fix="open the pipeline in each process after forking, or start processes with 'spawn'",
+        )

@@ -180,16 +180,16 @@ def possible_patterns(sparse: SparseAttention | None) -> tuple[Pattern, ...]:
 
 
 def problems(
-    table: AttentionTable, sparse: SparseAttention | None, grid: Grid, heads: int, steps: int
+    table: AttentionTable, sparse: SparseAttention | None, grid: Grid | None, heads: int, steps: int | None
 ) -> Iterator[TableProblem]:
     """Yield what is wrong with a table for a request.
 
     Args:
         table: From :func:`checked`.
         sparse: What the bundle was built for.
-        grid: The video's tokens in time, height and width.
+        grid: The video's tokens in time, height and width; None looks at nothing that depends on it.
         heads: Of the model.
-        steps: Of the request.
+        steps: Of the request; None likewise.
     """
     name = table.pattern.value
     kind = SparseKind.TOP_K if table.pattern is Pattern.TOP_K else SparseKind.LISTS
@@ -198,19 +198,20 @@ def problems(
         expected = " or ".join(pattern.value for pattern in possible_patterns(sparse))
         yield TableProblem(f"attention={name}", f"attention {expected}, as the bundle was built", fix)
         return
-    if table.dense_steps > steps:
+    if steps is not None and table.dense_steps > steps:
         yield TableProblem(f"dense_steps={table.dense_steps}", f"dense_steps in 0..{steps}", f"use dense_steps={steps}")
     last = max((rule.steps[1] for rule in table.rules if rule.steps is not None), default=0)
-    if last >= steps:
+    if steps is not None and last >= steps:
         fix = f"use a table made for {steps} steps, or steps={last + 1}"
         yield TableProblem(f"step {last} of the attention table", f"steps 0..{steps - 1}", fix)
     head = max((head for rule in table.rules for head in rule.heads or ()), default=0)
     if head >= heads:
         yield TableProblem(f"head {head} of the attention table", f"heads 0..{heads - 1}", "use a table of this model")
-    if table.tile is not None and any(size % part for size, part in zip(grid, table.tile, strict=True)):
+    tile = table.tile
+    if grid is not None and tile is not None and any(size % part for size, part in zip(grid, tile, strict=True)):
         sizes = [[part for part in range(1, size + 1) if size % part == 0] for size in grid]
         expected = "tile sizes among " + ", ".join(str(one).replace(" ", "") for one in sizes)
-        yield TableProblem(f"tile={list(table.tile)}", expected, "use such a tile, or leave it out to have one chosen")
+        yield TableProblem(f"tile={list(tile)}", expected, "use such a tile, or leave it out to have one chosen")
 
 
 def _filled(content: Any) -> Any:

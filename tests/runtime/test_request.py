@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reelforge.runtime.attention.table import AttentionTable, Pattern, usual_table
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.errors import RequestError
 from reelforge.runtime.manifest import Manifest, PlanEntry, ProfileEntry
@@ -160,6 +161,37 @@ def test_everything_strange_at_once_is_listed_at_once(manifest: Manifest, value:
     assert ("prompt=" in caught.value.where) == (not isinstance(value, str) or value == "\udcff")
 
 
+@pytest.mark.parametrize("name", ["attention", "cfg_scale", "negative_prompt", "step_cache"])
+@pytest.mark.parametrize(
+    "value",
+    [*STRANGE, np.zeros(2), "radial", AttentionTable("radial")],  # type: ignore[arg-type]
+    ids=lambda value: type(value).__name__,
+)
+def test_strange_values_of_the_other_settings(manifest: Manifest, name: str, value: object) -> None:
+    request = Request("", steps=0, cfg_scale=4.0, negative_prompt="fog")
+    with pytest.raises(RequestError) as caught:
+        resolve_request(replace(request, **{name: value}), manifest, "x")  # type: ignore[arg-type]
+    assert "steps=0" in caught.value.where
+    if name != "negative_prompt" or not isinstance(value, str):
+        assert f"{name}" in caught.value.where
+    assert len(str(caught.value)) < 800
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        (usual_table(Pattern.RADIAL), "attention=radial"),
+        (AttentionTable(Pattern.RADIAL), "attention with rules=none"),
+        (AttentionTable(Pattern.DENSE, dense_steps=-1), "attention with dense_steps=-1"),
+    ],
+)
+def test_attention_is_listed_with_the_rest(manifest: Manifest, table: AttentionTable, said: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        resolve_request(Request("", height=17, seed=-1, attention=table), manifest, "x")
+    for part in (said, "height=17", "seed=-1"):
+        assert part in caught.value.where
+
+
 @pytest.mark.parametrize(("name", "most"), [("height", MAX_SIDE), ("frames", MAX_FRAMES), ("steps", MAX_STEPS)])
 def test_numbers_that_would_take_all_memory(manifest: Manifest, name: str, most: int) -> None:
     resolve_request(Request("", **{name: most}), manifest, "x")
@@ -240,6 +272,17 @@ def test_images_need_a_plan_for_them(manifest: Manifest) -> None:
     assert resolve_request(Request("", 32, 64, 9), served, "x").shape == VideoShape(32, 64, 9)
     with pytest.raises(RequestError, match="one of 32x64x9"):
         resolve_request(Request("", 32, 64, 1), served, "x")
+
+
+def test_what_plans_do_not_serve_is_listed_with_the_rest(manifest: Manifest) -> None:
+    with pytest.raises(RequestError) as caught:
+        resolve_request(Request("", 32, 64, 17, steps=31, seed=-1), with_plans(manifest, "32x64x9"), "x")
+    for part in ("frames=17", "steps=31", "seed=-1"):
+        assert part in caught.value.where
+    with pytest.raises(RequestError) as caught:
+        resolve_request(Request("", 32, 32, 9, steps=0), with_plans(manifest, "32x64x9", "64x32x17"), "x")
+    for part in ("shape=32x32x9", "steps=0"):
+        assert part in caught.value.where
 
 
 def test_plans_serve_so_many_steps(manifest: Manifest) -> None:

@@ -122,15 +122,23 @@ def test_frames_count_up(pipeline: Pipeline, expected: np.ndarray) -> None:
     np.testing.assert_array_equal(np.concatenate([batch.pixels for batch in batches]), expected)
 
 
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "in the middle of a video"])
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_forked_process_is_refused_and_the_parent_is_not_disturbed(pipeline: Pipeline, expected: np.ndarray) -> None:
+def test_a_forked_process_is_refused_and_the_parent_is_not_disturbed(
+    pipeline: Pipeline, expected: np.ndarray, busy: bool
+) -> None:
+    events = pipeline.stream(REQUEST)
+    if busy:  # in another thread, of which the child has only the turn that nobody will end
+        thread = threading.Thread(target=next, args=(events,))
+        thread.start()
+        thread.join()
     read, write = os.pipe()
     child = os.fork()
     if child == 0:  # the child ends here whatever happens, so that pytest does not run twice
         try:
-            pipeline.generate(REQUEST)
+            pipeline.generate(REQUEST, stop=Stop(10.0))
             said = "it generated"
-        except EngineError as error:
+        except (EngineError, DeadlineError) as error:
             said = str(error)
         pipeline.close()
         os.write(write, said.encode())
@@ -139,6 +147,7 @@ def test_a_forked_process_is_refused_and_the_parent_is_not_disturbed(pipeline: P
     with os.fdopen(read) as answers:
         said = answers.read()
     os.waitpid(child, 0)
+    events.close()
     assert "opened by another process" in said
     assert "open the pipeline in each process" in said
     np.testing.assert_array_equal(pipeline.generate(REQUEST), expected)
