@@ -11,17 +11,13 @@ from dataclasses import replace
 
 from reelforge.export.build_request import BuildEvents, BuildRequest
 from reelforge.export.build_source import open_source
+from reelforge.export.default_step_cache import default_step_cache, require_coefficients
 from reelforge.export.plans import add_plans, find_compiler
 from reelforge.export.quantised_build import QuantisedBuild
 from reelforge.export.stage_compiler import StageCompiler
 from reelforge.export.verify import measure_parity
 from reelforge.runtime.bundle.write import BundleWriter
-from reelforge.runtime.errors import RequestError
 from reelforge.runtime.manifest import Manifest
-from reelforge.runtime.step_cache.settings import OFF, StepCache
-
-_FILES = ("ratios", "coefficients")
-"""Settings of step caches that name files of measurements."""
 
 
 def build_bundle(request: BuildRequest, events: BuildEvents | None = None) -> Manifest:
@@ -46,6 +42,7 @@ def build_bundle(request: BuildRequest, events: BuildEvents | None = None) -> Ma
     step_cache = default_step_cache(request)
     with BundleWriter(request.output) as writer:
         source = open_source(request)
+        require_coefficients(step_cache, source.spec)
         chosen, recipe = source.chosen_stages(), source.recipe()
         if request.target.backend.has_plans:
             find_compiler(request.target)
@@ -64,47 +61,3 @@ def build_bundle(request: BuildRequest, events: BuildEvents | None = None) -> Ma
         if request.verify:
             manifest = measure_parity(writer.folder, manifest, chosen)
         return writer.seal(replace(manifest, step_cache=step_cache))
-
-
-def default_step_cache(request: BuildRequest) -> str | None:
-    """Return what the bundle's manifest says about step caching; it alters requests, and nothing that is built.
-
-    Raises:
-        RequestError: If it cannot be a bundle's default.
-    """
-    text = request.step_cache
-    if text is None:
-        return None
-    if any(f"{name}=" in text for name in _FILES):
-        raise RequestError(
-            "a bundle's default step cache cannot refer to a file.",
-            received=f"--step-cache {text}",
-            expected="easycache, which needs none",
-            fix="use easycache:0.025, or give magcache with each request",
-        )
-    cache = StepCache.parse(text)
-    if cache == OFF:
-        return None
-    if problems := cache.problems():
-        raise RequestError(
-            f"the step cache {text!r} cannot be a bundle's default.",
-            received="; ".join(problem.received for problem in problems),
-            expected="; ".join(problem.expected for problem in problems),
-            fix="; ".join(problem.fix for problem in problems),
-        )
-    if cache.parted and not request.parted:
-        raise RequestError(
-            "the default step cache needs the transformer in parts.",
-            received=f"--step-cache {text}",
-            expected="--partition head,body,tail beside it",
-            fix="add --partition head,body,tail, or leave --step-cache out",
-        )
-    missing = [stage for stage in cache.stages if request.stages and stage not in request.stages]
-    if missing:
-        raise RequestError(
-            "the default step cache needs stages that are not built.",
-            received=f"--stages {','.join(request.stages)}",
-            expected=f"{' and '.join(missing)} among them",
-            fix="leave --stages or --step-cache out",
-        )
-    return text

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from reelforge.runtime.recipe import Target, VideoShape
 from reelforge.tools import console
+from reelforge.tools.attention_options import sparse_attention_of, sparse_build_options
 from reelforge.tools.quantisation_options import attention_of, parse_kept, parsed_precisions, precision_of
 from reelforge.tools.recipe_file import ChosenRecipe, plan_options
 from reelforge.tools.recipe_option import recipe_option, settled, show_recipe
@@ -29,13 +30,23 @@ _GB = 1e9
 @click.option("--keep", multiple=True, metavar="STAGE=PATTERN", help="As for build-engine.")
 @click.option("--high-precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="As for build-engine.")
 @recipe_option(plan_options)
-@click.option("--attention", type=click.Choice(["fp8", "high"]), help="Attention of dit in 8 bits, or not.")
+@click.option("--attention", type=click.Choice(["fp8", "int8", "high"]), help="As for build-engine.")
+@sparse_build_options
 @click.option("--shapes", default="", help="HEIGHTxWIDTHxFRAMES separated by commas; the model's default if left out.")
+@click.option("--partition", type=click.Choice(["head,body,tail"]), help="As for build-engine.")
 @click.option("--stages", default="", help="Only these, separated by commas.")
 @click.option("--batch", default=1, show_default=True, type=click.IntRange(1), help="Videos per call of dit.")
+@click.option("--step-cache", metavar="METHOD:THRESHOLD", help="As for build-engine; the times leave it out.")
 @click.option("--numerics", type=click.Choice(["tencent", "diffusers"]), default="tencent", show_default=True)
 @click.option("--prompt-template", type=click.Path(path_type=Path), help="As for build-engine.")
 @click.option("--scales", type=click.Path(path_type=Path), help="A scale file: nothing has to be calibrated.")
+@click.option(
+    "--calibration-memory",
+    default=8.0,
+    show_default=True,
+    type=click.FloatRange(0, min_open=True),
+    help="As for build-engine: GiB of fp32 weights that may be loaded at a time.",
+)
 @click.option("--gpu", help="Name of a GPU, e.g. 'RTX 4090' or h100: whether it fits, and how long it takes.")
 @click.option("--steps", type=click.IntRange(1), help="Sampling steps; the model's default if left out.")
 @click.option(
@@ -59,12 +70,17 @@ def plan(
     high_precision: str | None,
     recipe: ChosenRecipe | None,
     attention: str | None,
+    sparse_attention: str | None,
+    attention_blocks: str | None,
     shapes: str,
+    partition: str | None,
     stages: str,
     batch: int,
+    step_cache: str | None,
     numerics: str,
     prompt_template: Path | None,
     scales: Path | None,
+    calibration_memory: float,
     gpu: str | None,
     steps: int | None,
     memory: float | None,
@@ -75,7 +91,8 @@ def plan(
 
     Only the headers of the checkpoint's files are read; no GPU is needed and nothing is written. Sizes come from the
     tensors' shapes and measured constants, times from a roofline with published kernel speeds: see docs/planner.md for
-    what they leave out. What cannot fit is refused with exit code 5, and the message says what would fit.
+    what they leave out; what of this very build they say nothing about is printed under them. What cannot fit is
+    refused with exit code 5, and the message says what would fit.
 
     \b
     Examples:
@@ -100,12 +117,15 @@ def plan(
         high_precision=precision_of(high_precision),
         kept=parse_kept(keep),
         attention=attention_of(attention),
+        sparse_attention=sparse_attention_of(sparse_attention, attention_blocks),
         shapes=parsed_shapes,
         stages=tuple(name.strip() for name in stages.split(",") if name.strip()),
+        parted=partition is not None,
         batch=batch,
+        step_cache=step_cache,
         numerics=Numerics(numerics),
         prompt_template=prompt_template,
-        calibration=CalibrationRequest(scales=scales),
+        calibration=CalibrationRequest(scales=scales, memory_bytes=int(calibration_memory * 2**30)),
         compilation=CompilationRequest(memory_bytes=None if builder_memory is None else int(builder_memory * _GB)),
     )
     options = PlanOptions(

@@ -57,6 +57,7 @@ def as_json(planned: Planned) -> dict[str, Any]:
         },
         "buckets": [_bucket_json(bucket) for bucket in plan.buckets],
         "assumptions": list(assumptions(plan)),
+        "not_modelled": list(planned.limits),
     }
 
 
@@ -134,6 +135,8 @@ def show(planned: Planned, screen: Console) -> None:
         screen.print(_stage_table(bucket))
     for sentence in assumptions(plan):
         screen.print(f"[dim]{sentence}[/dim]", highlight=False)
+    for sentence in planned.limits:
+        screen.print(f"not known: {sentence}", highlight=False, markup=False)
 
 
 def _table(title: str, *columns: str) -> Table:

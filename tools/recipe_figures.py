@@ -17,13 +17,12 @@ import click
 
 from reelforge.export.family import FAMILIES
 from reelforge.export.planner.gpus import find_gpu
-from reelforge.export.planner.memory import GPU_RESERVED_BYTES
 from reelforge.export.planner.plan import Model, Plan, PlanOptions, make_plan
 from reelforge.export.planner.refusals import Refusal, find_refusals
 from reelforge.export.target_rules import default_base, stage_bases
 from reelforge.runtime.codec import to_json
 from reelforge.runtime.errors import BuildError, RequestError
-from reelforge.runtime.recipe import Backend, Recipe, Target, VideoShape, resolve_precisions
+from reelforge.runtime.recipe import Recipe, Target, VideoShape, resolve_precisions
 from reelforge.tools import console
 from reelforge.tools.recipe_file import Figures, RecipeFile, VideoFigures, find_recipe, recipe_names
 from reelforge.tools.synthesize_layout import SIZES
@@ -65,7 +64,7 @@ def planned(recipe: RecipeFile) -> tuple[Plan, tuple[Refusal, ...]]:
     family, spec = FAMILIES["hunyuan_video"], SIZES[size.size]
     batch = recipe.batch or 1
     target = Target.parse(recipe.target)
-    stages = family.stages(spec, batch)
+    stages = family.stages(spec, batch, None, recipe.partition is not None)
     chosen = {**stage_bases(target, recipe.precision), **recipe.precision}
     data = Recipe(
         resolve_precisions(chosen, family.stage_names, family.quantised_by_default, default_base(target)),
@@ -90,13 +89,12 @@ def planned(recipe: RecipeFile) -> tuple[Plan, tuple[Refusal, ...]]:
 def figures(plan: Plan) -> Figures:
     """Return what a recipe's file keeps of a plan; seconds are rounded to what a prediction can mean."""
     videos = []
-    driver = int(GPU_RESERVED_BYTES.value) if plan.target.backend is Backend.CPU else 0
     for bucket in plan.buckets:
         step, video = bucket.step, bucket.seconds_per_video
         videos.append(
             VideoFigures(
                 str(bucket.shape),
-                bucket.peak.total_bytes - driver,
+                bucket.peak.total_bytes,
                 bucket.peak.phase.value,
                 None if step is None else round(step.total, 2),
                 None if video is None else round(video, 1),

@@ -89,6 +89,7 @@ class RecipeFile:
         attention: Arithmetic of ``dit``'s attention.
         target: Backend and architectures.
         shapes: Videos to serve, HEIGHTxWIDTHxFRAMES.
+        partition: ``head,body,tail``, for step caches that look into ``dit``.
         batch: Videos per call of ``dit``.
         numerics: Whose rounding and tiles to follow.
         builder_memory_gb: What a compiler may take, which decides into how many parts a stage is cut.
@@ -107,6 +108,7 @@ class RecipeFile:
     attention: Precision | None = None
     target: str | None = None
     shapes: tuple[str, ...] = ()
+    partition: str | None = None
     batch: int | None = None
     numerics: str | None = None
     builder_memory_gb: float | None = None
@@ -162,7 +164,6 @@ def build_options(recipe: RecipeFile) -> dict[str, Any]:
     return _said(
         {
             **_shared(recipe),
-            "step_cache": recipe.step_cache,
             "method": calibration.method,
             "percentile": calibration.percentile,
             "smoothing": calibration.smoothing,
@@ -175,7 +176,7 @@ def build_options(recipe: RecipeFile) -> dict[str, Any]:
 
 def plan_options(recipe: RecipeFile) -> dict[str, Any]:
     """Return what a recipe says, as values of ``plan``'s options, whose ``steps`` and ``memory`` mean other things."""
-    return _said({**_shared(recipe), "gpu": recipe.gpu})
+    return _said({**_shared(recipe), "gpu": recipe.gpu, "calibration_memory": recipe.calibration.memory_gib})
 
 
 def _shared(recipe: RecipeFile) -> dict[str, Any]:
@@ -188,9 +189,11 @@ def _shared(recipe: RecipeFile) -> dict[str, Any]:
         "keep": [f"{stage}={pattern}" for stage, patterns in recipe.kept.items() for pattern in patterns],
         "attention": None if recipe.attention is None else recipe.attention.value,
         "shapes": ",".join(recipe.shapes),
+        "partition": recipe.partition,
         "batch": recipe.batch,
         "numerics": recipe.numerics,
         "builder_memory": recipe.builder_memory_gb,
+        "step_cache": recipe.step_cache,
     }
 
 

@@ -7,9 +7,13 @@ from dataclasses import dataclass, replace
 from reelforge.export.build_request import BuildRequest
 from reelforge.export.build_source import BuildSource, open_source
 from reelforge.export.checkpoint.open import open_checkpoint
+from reelforge.export.default_step_cache import default_step_cache, require_coefficients
 from reelforge.export.models.hunyuan_video.spec_from_checkpoint import Numerics
+from reelforge.export.planner.limits import limits
 from reelforge.export.planner.plan import Model, Plan, PlanOptions, make_plan
 from reelforge.export.planner.refusals import Refusal, check_gpu, find_refusals
+from reelforge.export.stage import Stage
+from reelforge.runtime.errors import RequestError
 from reelforge.runtime.recipe import Recipe
 from reelforge.runtime.spec import VaeTiling
 
@@ -18,10 +22,11 @@ _OBSERVED_SHARE = 1.25  # calibration keeps observed values of up to a quarter o
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, and what of it does not fit."""
+    """A plan, what of it does not fit, and what of the build it says nothing about."""
 
     plan: Plan
     refusals: tuple[Refusal, ...]
+    limits: tuple[str, ...]
 
 
 def plan_checkpoint(request: BuildRequest, options: PlanOptions) -> Planned:
@@ -37,17 +42,40 @@ def plan_checkpoint(request: BuildRequest, options: PlanOptions) -> Planned:
     """
     if options.gpu is not None:
         check_gpu(request.target, options.gpu)
+    step_cache = default_step_cache(request)
     source = open_source(request)
+    require_coefficients(step_cache, source.spec)
     recipe = source.recipe()
     model = Model(
         source.family,
         source.spec,
-        source.chosen_stages(),
+        _planned_stages(source),
         source.template.crop_start,
         _other_tilings(source),
     )
     plan = make_plan(model, request.target, recipe, _completed(options, request, recipe))
-    return Planned(plan, find_refusals(model, plan))
+    return Planned(plan, find_refusals(model, plan), tuple(limits(request, recipe)))
+
+
+def _planned_stages(source: BuildSource) -> tuple[Stage, ...]:
+    """Return the stages to build, with dense attention, which is what the family's work is counted for.
+
+    Raises:
+        RequestError: If all of them are views of others, which are planned with these only.
+    """
+    request = source.request
+    names = [stage.name for stage in source.chosen_stages()]
+    dense = source.family.stages(source.spec, request.batch, None, request.parted)
+    stages = tuple(stage for stage in dense if stage.name in names)
+    if all(stage.weights_of for stage in stages):
+        whole = sorted({stage.weights_of for stage in stages})
+        raise RequestError(
+            "the stages to plan have no weights of their own.",
+            received=f"--stages {','.join(names)}",
+            expected=f"{' and '.join(whole)} among them, of which they are views",
+            fix=f"use --stages {','.join([*whole, *names])}",
+        )
+    return stages
 
 
 def _completed(options: PlanOptions, request: BuildRequest, recipe: Recipe) -> PlanOptions:

@@ -10,11 +10,14 @@ in FP8, faster by the ratio of FlashAttention-3's two precisions.
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from reelforge.export.planner.gpus import Gpu, find_gpu
+from reelforge.plugins.attention_choice import ATTENTION_PLUGINS
+from reelforge.runtime.architectures import ARCHITECTURES
 from reelforge.runtime.errors import RequestError
-from reelforge.runtime.recipe import Backend, Precision
+from reelforge.runtime.recipe import Backend, Precision, Target
 
 
 @dataclass(frozen=True)
@@ -132,15 +135,23 @@ def attention_rate(kernel: AttentionKernel, gpu: Gpu) -> AttentionRate:
     )
 
 
-def default_kernels(backend: Backend) -> dict[Precision, AttentionKernel]:
-    """Return the kernel that a target's attention is assumed to run in, by precision.
+COMPILERS_KERNELS: Mapping[Precision, AttentionKernel] = {
+    Precision.FP16: AttentionKernel.FUSED,
+    Precision.BF16: AttentionKernel.FUSED,
+    Precision.FP8: AttentionKernel.FUSED_FP8,
+}
+"""The kernel that a compiler's own attention is assumed to run in, by precision; attention in fp32 has none."""
 
-    TensorRT takes our plugins for 8-bit attention; the other backends have their own fused kernels. Attention in fp32
-    has none.
+
+def has_plugins(target: Target) -> bool:
+    """Whether plugins compute the loop's attention for ``target`` where a recipe says nothing about it."""
+    return target.backend is Backend.TRT and all(name in ATTENTION_PLUGINS for name in target.architectures)
+
+
+def plugin_kernel(target: Target) -> AttentionKernel | None:
+    """Return the kernel of the plugins that :func:`has_plugins` means; None where nothing is known of their speed.
+
+    Those with 16-bit values (sm80, sm86) were never timed, and no relative of theirs in the tables is like them.
     """
-    eight_bit = AttentionKernel.PLUGIN if backend is Backend.TRT else AttentionKernel.FUSED_FP8
-    return {
-        Precision.FP16: AttentionKernel.FUSED,
-        Precision.BF16: AttentionKernel.FUSED,
-        Precision.FP8: eight_bit,
-    }
+    known = has_plugins(target) and all(ARCHITECTURES[name].fp8 for name in target.architectures)
+    return AttentionKernel.PLUGIN if known else None

@@ -7,8 +7,8 @@ does not know GPUs.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from reelforge.calibration.rules import StageRules, matches
 from reelforge.export.planner.work import Attention, Call, Live, Moment
@@ -68,6 +68,12 @@ class StageLayers:
     def weight_bytes(self) -> int:
         """Bytes of all parameters, in the precisions of the recipe."""
         return sum(self.sizes.values())
+
+    def of(self, name: str, parameters: Iterable[str]) -> StageLayers:
+        """Return those of the layers that another view of the stage has, under its name."""
+        own = set(parameters)
+        layers = {key: layer for key, layer in self.layers.items() if f"{key}.weight" in own}
+        return replace(self, name=name, layers=layers, sizes={key: self.sizes[key] for key in self.sizes if key in own})
 
     def attention_precision(self, attention: Attention) -> Precision:
         """Return the precision in which an attention of this stage is computed."""

@@ -9,7 +9,7 @@ kernels otherwise than TensorRT-RTX.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from reelforge.export.partition import partition
@@ -66,6 +66,7 @@ class PhaseMemory:
         activation_bytes: Of that stage; of plans, the arena.
         io_bytes: Its inputs and outputs.
         carried_bytes: What the phase before put out.
+        reserved_bytes: What the driver keeps; nothing on a CPU, where the interpreter and its libraries come on top.
     """
 
     phase: Phase
@@ -74,12 +75,13 @@ class PhaseMemory:
     activation_bytes: int
     io_bytes: int
     carried_bytes: int
+    reserved_bytes: int
 
     @property
     def total_bytes(self) -> int:
         """All of it, with what the driver keeps."""
         own = self.weight_bytes + self.activation_bytes + self.io_bytes + self.carried_bytes
-        return own + int(GPU_RESERVED_BYTES.value)
+        return own + self.reserved_bytes
 
 
 def eight_bit_share(layers: StageLayers) -> float:
@@ -111,6 +113,18 @@ def build_cost(
     seconds = BUILDER_SECONDS_PER_LAYER.value * count + BUILDER_SECONDS_PER_BYTE.value * plan
     compiler = int(BUILDER_BASE_BYTES.value + _share(layers) * largest)
     return BuildCost(layers.name, weights, plan * plans, len(pieces), compiler, seconds * plans)
+
+
+def joined(stage: str, links: Sequence[BuildCost]) -> BuildCost:
+    """Return the cost of a stage whose plans are those of several, one after the other."""
+    return BuildCost(
+        stage,
+        sum(one.weight_bytes for one in links),
+        sum(one.plan_bytes for one in links),
+        sum(one.parts for one in links),
+        max(one.builder_bytes for one in links),
+        sum(one.builder_seconds for one in links),
+    )
 
 
 def _equal_parts(stage: Stage, layers: StageLayers, parts: int) -> tuple[Stage, ...]:

@@ -16,24 +16,27 @@ from reelforge.export.engines.requirements import compatible_groups, stage_preci
 from reelforge.export.family import Family
 from reelforge.export.planner.flops import Flops, call_flops
 from reelforge.export.planner.gpus import Gpu
-from reelforge.export.planner.kernels import AttentionKernel, default_kernels
+from reelforge.export.planner.kernels import COMPILERS_KERNELS, AttentionKernel, plugin_kernel
 from reelforge.export.planner.layers import StageLayers, stage_layers
 from reelforge.export.planner.memory import (
     ARENA_BASE_BYTES,
     EXPORT_BYTES,
+    GPU_RESERVED_BYTES,
     BuildCost,
     PhaseMemory,
     activation_bytes,
     build_cost,
     eight_bit_share,
+    joined,
     tensor_bytes,
 )
 from reelforge.export.planner.roofline import Seconds, call_seconds
 from reelforge.export.planner.work import Phase, StageWork, Workload
 from reelforge.export.stage import Stage
 from reelforge.runtime.manifest import PromptTemplate
-from reelforge.runtime.recipe import Precision, Recipe, Target, VideoShape
+from reelforge.runtime.recipe import Backend, Precision, Recipe, Target, VideoShape
 from reelforge.runtime.spec import ModelSpec, VaeTiling
+from reelforge.runtime.step_cache.settings import PARTS
 
 PROFILE_PROMPTS = 2
 """Prompts that the text encoders' profiles take at once (``export.engines.profiles``)."""
@@ -62,6 +65,11 @@ class Model:
         """The stages with weights of their own, or none; other views of a stage add next to nothing to it."""
         return [stage for stage in self.stages if not stage.weights_of]
 
+    def chain(self, stage: Stage) -> Sequence[Stage]:
+        """Return what a stage's plans are compiled of, in order: head, body and tail where all are built, or itself."""
+        parts = [one for one in self.stages if one.weights_of == stage.name and one.name in PARTS]
+        return parts if len(parts) == len(PARTS) else (stage,)
+
     @cached_property
     def parameters(self) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
         """Stage -> parameter -> shape; modules are built for it, without storage."""
@@ -80,11 +88,12 @@ class PlanOptions:
     Attributes:
         gpu: Where videos will be made; None leaves times and fits out.
         steps: Sampling steps; None means the model's default.
-        parts: Into how many pieces stages are cut at most; others into as few as ``compiler_bytes`` asks for.
+        parts: Into how many pieces stages (of a chain: its links) are cut at most; others into as few as
+            ``compiler_bytes`` asks for.
         host_bytes: Memory of the machine that builds; None means enough.
         compiler_bytes: What of it a compiler may occupy; None means half.
         calibration_bytes: Weights that calibration may load; 0 if nothing is calibrated.
-        kernels: Attention kernels by precision, instead of the target's.
+        kernels: Attention kernels by precision, instead of the target's own and of its plugins.
     """
 
     gpu: Gpu | None = None
@@ -129,7 +138,7 @@ class Bucket:
         shape: Of the video; one frame is image mode.
         steps: Sampling steps.
         stages: In pipeline order.
-        memory: GPU memory by phase, in order; the same for every video of a process.
+        memory: GPU memory (on a CPU: the host's) by phase, in order; the same for every video of a process.
     """
 
     shape: VideoShape
@@ -210,8 +219,9 @@ def make_plan(model: Model, target: Target, recipe: Recipe, options: PlanOptions
     options = options or PlanOptions()
     layers = {stage.name: model.layers(stage.name, recipe) for stage in model.counted}
     builds = tuple(_build(model, layers[stage.name], target, recipe, options) for stage in model.counted)
-    kernels = options.kernels or default_kernels(target.backend)
-    planner = _Planner(model, recipe, replace(options, kernels=kernels), layers, builds, target.backend.has_plans)
+    kernels = options.kernels or COMPILERS_KERNELS
+    plugin = plugin_kernel(target) if options.kernels is None and recipe.attention is None else None
+    planner = _Planner(model, target, recipe, replace(options, kernels=kernels), layers, builds, plugin)
     buckets = tuple(planner.bucket(shape) for shape in with_images(_shapes(model, recipe)))
     return Plan(
         target,
@@ -220,7 +230,7 @@ def make_plan(model: Model, target: Target, recipe: Recipe, options: PlanOptions
         int(EXPORT_BYTES.value) + options.calibration_bytes,
         builds,
         buckets,
-        _loop_kernel(kernels, layers, buckets[0]),
+        plugin or _loop_kernel(kernels, layers, buckets[0]),
     )
 
 
@@ -239,12 +249,17 @@ def _build(model: Model, layers: StageLayers, target: Target, recipe: Recipe, op
     attends = rules is not None and bool(rules.attentions)
     plans = len(compatible_groups(target, stage_precisions(recipe, stage.name, has_attention=attends)))
     template = PromptTemplate("", model.template_tokens, "")
-    profiles = len(profiles_for(stage, model.spec, recipe, template))
-    if stage.name in options.parts or options.host_bytes is None:
-        return build_cost(stage, layers, plans, profiles, parts=options.parts.get(stage.name, 1))
-    compiler = options.compiler_bytes or options.host_bytes // 2
-    limit = weights_that_fit(compiler, eight_bit_share(layers))
-    return build_cost(stage, layers, plans, profiles, part_limit=limit)
+    costs = []
+    for link in model.chain(stage):
+        own = layers if link is stage else layers.of(link.name, link.parameter_shapes())
+        profiles = len(profiles_for(link, model.spec, recipe, template))
+        if link.name in options.parts or options.host_bytes is None:
+            costs.append(build_cost(link, own, plans, profiles, parts=options.parts.get(link.name, 1)))
+            continue
+        compiler = options.compiler_bytes or options.host_bytes // 2
+        limit = weights_that_fit(compiler, eight_bit_share(own))
+        costs.append(build_cost(link, own, plans, profiles, part_limit=limit))
+    return joined(stage.name, costs)
 
 
 def with_images(shapes: Sequence[VideoShape]) -> tuple[VideoShape, ...]:
@@ -269,18 +284,19 @@ class _Planner:
     """Costs of one shape after the other, over what all shapes share."""
 
     model: Model
+    target: Target
     recipe: Recipe
     options: PlanOptions
     layers: Mapping[str, StageLayers]
     builds: tuple[BuildCost, ...]
-    compiled: bool
+    plugin: AttentionKernel | None
 
     def bucket(self, shape: VideoShape) -> Bucket:
         """Return the costs of one shape."""
         workload = _workload(self.model, self.recipe, self.options, shape)
         works = self.model.family.work(self.model.spec, workload)
         largest = works
-        if self.compiled:  # an arena is as large as its profile's largest sizes ask for
+        if self.target.backend.has_plans:  # an arena is as large as its profile's largest sizes ask for
             largest = self.model.family.work(
                 self.model.spec, replace(workload, steps=max(MAX_STEPS, workload.steps), prompts=PROFILE_PROMPTS)
             )
@@ -289,12 +305,12 @@ class _Planner:
 
     def _stage(self, stage: Stage, work: StageWork, largest: StageWork) -> StageCost:
         layers, gpu = self.layers[stage.name], self.options.gpu
-        base = int(ARENA_BASE_BYTES.value) if self.compiled else 0
+        base = int(ARENA_BASE_BYTES.value) if self.target.backend.has_plans else 0
         flops, seconds = Flops(), Seconds()
         for call in work.calls:
             flops += call_flops(call, layers) * call.times
             if gpu is not None:
-                seconds += call_seconds(call, layers, gpu, self.options.kernels or {}) * call.times
+                seconds += call_seconds(call, layers, gpu, self.options.kernels or {}, self.plugin) * call.times
         return StageCost(
             stage.name,
             work.phase,
@@ -308,6 +324,7 @@ class _Planner:
 
     def _memory(self, stages: Sequence[StageCost]) -> list[PhaseMemory]:
         weights = {build.stage: build.weight_bytes for build in self.builds}
+        reserved = 0 if self.target.backend is Backend.CPU else int(GPU_RESERVED_BYTES.value)
         result: list[PhaseMemory] = []
         carried = 0
         for phase in Phase:
@@ -315,7 +332,13 @@ class _Planner:
             if of_phase:
                 candidates = [
                     PhaseMemory(
-                        phase, stage.stage, weights[stage.stage], stage.activation_bytes, stage.io_bytes, carried
+                        phase,
+                        stage.stage,
+                        weights[stage.stage],
+                        stage.activation_bytes,
+                        stage.io_bytes,
+                        carried,
+                        reserved,
                     )
                     for stage in of_phase
                 ]

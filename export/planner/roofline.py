@@ -51,7 +51,11 @@ class Seconds:
 
 
 def call_seconds(
-    call: Call, layers: StageLayers, gpu: Gpu, attention_kernels: Mapping[Precision, AttentionKernel]
+    call: Call,
+    layers: StageLayers,
+    gpu: Gpu,
+    attention_kernels: Mapping[Precision, AttentionKernel],
+    plugin: AttentionKernel | None = None,
 ) -> Seconds:
     """Return the time of one call on a GPU.
 
@@ -60,6 +64,7 @@ def call_seconds(
         layers: Of the call's stage.
         gpu: Where.
         attention_kernels: By precision of the attention.
+        plugin: Instead of these, for attentions that a recipe could quantise.
 
     Raises:
         RequestError: If the GPU does not compute in a precision that the stage has.
@@ -77,18 +82,23 @@ def call_seconds(
             convolution += seconds
         else:
             gemm += seconds
-    attention = sum(_attention(one, layers, gpu, attention_kernels) for one in call.attentions)
+    attention = sum(
+        _attention(
+            one,
+            layers,
+            gpu,
+            plugin if one.quantisable and plugin else attention_kernels.get(layers.attention_precision(one)),
+        )
+        for one in call.attentions
+    )
     return Seconds(gemm, attention, convolution, call.passes * element / bandwidth)
 
 
-def _attention(
-    attention: Attention, layers: StageLayers, gpu: Gpu, attention_kernels: Mapping[Precision, AttentionKernel]
-) -> float:
+def _attention(attention: Attention, layers: StageLayers, gpu: Gpu, kernel: AttentionKernel | None) -> float:
     precision = layers.attention_precision(attention)
     bandwidth = gpu.bandwidth * kernels.BANDWIDTH.value
     width = attention.count * attention.heads * attention.head_dim
     moved = 4 * width * attention.tokens * BYTES[precision]
-    kernel = attention_kernels.get(precision)
     if kernel is not None and attention.head_dim <= _FUSED_HEAD_DIM:
         return max(attention_flops(attention) / kernels.attention_rate(kernel, gpu).rate, moved / bandwidth)
     moved += _SCORE_PASSES * attention.count * attention.heads * attention.pairs * BYTES[precision]

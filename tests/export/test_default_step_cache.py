@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from reelforge.export.build import build_bundle, default_step_cache
+from reelforge.export.build import build_bundle
 from reelforge.export.build_request import BuildRequest
+from reelforge.export.default_step_cache import default_step_cache, require_coefficients
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.errors import RequestError
 from reelforge.runtime.recipe import Target
 from reelforge.runtime.step_cache.ratios import MagnitudeRatios
+from reelforge.tools.synthesize_layout import SIZES
 
 STAGES = ("step_change", "step_reuse")
 
@@ -62,3 +64,23 @@ def test_files_stay_outside_of_bundles(tmp_path: Path) -> None:
         default_step_cache(request(f"magcache:0.1,ratios={path}"))
     for part in ("cannot refer to a file", "expected: easycache, which needs none", "fix: use easycache:0.025"):
         assert part in str(caught.value)
+
+
+def test_coefficients_must_be_published_of_the_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Otherwise the bundle would refuse every request that says nothing; nothing is left of it."""
+    asked = BuildRequest(tiny_checkpoint, tmp_path / "b", Target.parse("cpu"), step_cache="teacache:0.1")
+    with pytest.raises(RequestError) as caught:
+        build_bundle(asked)
+    for part in (
+        "the step cache 'teacache:0.1' cannot be a bundle's default: no coefficients are published for this model.",
+        "received: hunyuan_video of width ",
+        "expected: hunyuan_video of width 3072 with 20+40 blocks",
+        "fix: use easycache:0.025",
+    ):
+        assert part in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", [None, "easycache:0.1", "teacache:0.1"])
+def test_the_released_model_may_have_any_default(text: str | None) -> None:
+    require_coefficients(default_step_cache(request(text)), SIZES["full"])

@@ -11,8 +11,9 @@ from click.testing import CliRunner, Result
 
 from reelforge.export.planner.gpus import GPUS
 from reelforge.runtime.errors import BuildError, RequestError
+from reelforge.tools.build_engine import build_engine
 from reelforge.tools.main import cli
-from reelforge.tools.plan import host_memory
+from reelforge.tools.plan import host_memory, plan
 
 SHAPES = ("--shapes", "48x64x9,32x32x5")
 
@@ -75,6 +76,109 @@ def test_some_stages_can_be_planned_alone(tiny_checkpoint: Path) -> None:
 
 def test_steps_are_taken(tiny_checkpoint: Path) -> None:
     assert planned(tiny_checkpoint, "--steps", "7", *SHAPES)["buckets"][0]["steps"] == 7
+
+
+# Options of ``build-engine`` that are no matter of a plan: what is written, how scales are found and judged, the cache.
+NOT_PLANNED = {"output", "prompts", "method", "percentile", "smoothing", "seed", "steps", "shape", "min_psnr"} | {
+    "min_cosine", "no_gate", "cache_dir", "cache_size", "no_cache", "only_plan", "verify"
+}  # fmt: skip
+OF_A_PLAN = {"gpu", "steps", "memory"}
+
+
+def test_a_plan_takes_what_a_build_takes() -> None:
+    """Each option of ``build-engine`` is here too, with the same values and default, or is no matter of a plan."""
+    named = {"memory": "calibration_memory"}  # here --memory is the machine's
+    ours = {one.name: one for one in plan.params if one.name not in OF_A_PLAN}
+    theirs = {named.get(one.name or "", one.name): one for one in build_engine.params if one.name not in NOT_PLANNED}
+    assert set(ours) == set(theirs)
+    for name, option in theirs.items():
+        mine = ours[name]
+        assert mine.opts == option.opts
+        assert mine.to_info_dict()["type"] == option.to_info_dict()["type"], name
+        assert (mine.default, mine.multiple) == (option.default, option.multiple), name
+
+
+def test_head_body_and_tail_are_plans_in_a_row(tiny_checkpoint: Path) -> None:
+    """As ``build-engine`` compiles them: the same weights once, and each cut by itself where memory asks for it."""
+    options = ("--target", "rtx:sm89", "--precision", "dit=fp8", "--scales", "any", *SHAPES)
+    whole, parted = (planned(tiny_checkpoint, *options, *more) for more in ((), ("--partition", "head,body,tail")))
+    one, three = whole["stages"]["dit"], parted["stages"]["dit"]
+    assert (one["parts"], three["parts"]) == (1, 3)
+    assert three["weight_bytes"] == one["weight_bytes"]
+    assert three["plan_bytes"] > one["plan_bytes"]
+    assert three["builder_bytes"] < one["builder_bytes"]
+    assert whole["buckets"] == parted["buckets"]
+    assert {name: stage for name, stage in whole["stages"].items() if name != "dit"} == {
+        name: stage for name, stage in parted["stages"].items() if name != "dit"
+    }
+    cut = planned(tiny_checkpoint, *options, "--partition", "head,body,tail", "--builder-memory", "0.3001")
+    assert cut["stages"]["dit"]["parts"] > 3
+    assert any("fbcache and reuse=tokens keep" in said for said in parted["not_modelled"])
+    assert whole["not_modelled"] == []
+
+
+def test_parts_of_a_bundle_of_graphs_cost_nothing(tiny_checkpoint: Path) -> None:
+    whole, parted = (planned(tiny_checkpoint, *SHAPES, *more) for more in ((), ("--partition", "head,body,tail")))
+    assert parted["stages"] == whole["stages"]
+    assert parted["buckets"] == whole["buckets"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--precision", "int8", "--attention", "int8"), "attention in int8 keeps logits of 128 queries at a time"),
+        (("--sparse-attention", "lists", "--attention-blocks", "4x4"), "sparse attention is planned as dense"),
+        (("--sparse-attention", "topk"), "sparse attention is planned as dense"),
+        (("--step-cache", "easycache:0.1"), "what easycache:0.1 skips depends on the video"),
+        (("--target", "cuda"), "activations on cuda are those of TensorRT-RTX's kernels"),
+        (("--target", "trt:sm80"), "attention runs in plugins, which were never timed on a GPU like trt:sm80"),
+    ],
+)
+def test_what_is_not_known_is_said(tiny_checkpoint: Path, options: tuple[str, ...], said: str) -> None:
+    assert any(said in sentence for sentence in planned(tiny_checkpoint, *options, *SHAPES)["not_modelled"])
+    result = run(tiny_checkpoint, *options, *SHAPES)
+    assert said in " ".join(result.output.split())
+    assert "not known: " in result.output
+
+
+def test_sparse_attention_costs_what_dense_attention_does(tiny_checkpoint: Path) -> None:
+    dense, sparse = (planned(tiny_checkpoint, *SHAPES, *more) for more in ((), ("--sparse-attention", "lists")))
+    assert (dense["stages"], dense["buckets"]) == (sparse["stages"], sparse["buckets"])
+
+
+def test_memory_on_a_cpu_has_no_driver_in_it(tiny_checkpoint: Path) -> None:
+    for target, least in (("cpu", 0.0), ("cuda", 0.6e9)):
+        sizes = planned(tiny_checkpoint, "--target", target, *SHAPES)["buckets"][0]["memory_bytes"].values()
+        assert all(least < size < least + 0.1e9 for size in sizes)
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (("--attention", "int8", "--target", "rtx:sm89"), ["no attention in int8"]),
+        (("--partition", "head,body,tail", "--sparse-attention", "lists"), ["no head, body and tail"]),
+        (("--step-cache", "fbcache:0.1"), ["needs the transformer in parts"]),
+        (("--step-cache", "teacache:0.1"), ["no coefficients are published for this model"]),
+        (("--attention-blocks", "4x4"), ["blocks are given for attention that leaves nothing out"]),
+        (
+            ("--stages", "input_change"),
+            ["no weights of their own", "received: --stages input_change", "fix: use --stages dit,input_change"],
+        ),
+    ],
+)
+def test_what_a_build_refuses_is_not_planned(tiny_checkpoint: Path, options: tuple[str, ...], parts: list[str]) -> None:
+    error = run(tiny_checkpoint, *options, *SHAPES).exception
+    assert isinstance(error, RequestError)
+    for part in parts:
+        assert part in str(error)
+
+
+def test_a_recipe_s_memory_for_calibration_is_planned(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text('{"precision": {"dit": "int8"}, "calibration": {"memory_gib": 2}}')
+    usual, less = (planned(tiny_checkpoint, *SHAPES, *more)["export_bytes"] for more in (
+        ("--precision", "dit=int8"), ("--recipe", str(recipe))))  # fmt: skip
+    assert usual - less == int(6 * 1.25 * 2**30)
 
 
 def test_the_usual_precision_is_the_targets(tiny_checkpoint: Path) -> None:

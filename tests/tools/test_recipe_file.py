@@ -32,6 +32,7 @@ FULL = RecipeFile(
     attention=Precision.FP8,
     target="rtx:sm89",
     shapes=("48x64x9", "32x32x5"),
+    partition="head,body,tail",
     batch=2,
     numerics="diffusers",
     builder_memory_gb=3.5,
@@ -79,7 +80,7 @@ def test_everything_that_a_recipe_says_is_asked_for(asked: Any, tmp_path: Path) 
     assert (request.high_precision, request.attention) == (Precision.FP16, Precision.FP8)
     assert str(request.target) == "rtx:sm89"
     assert [str(shape) for shape in request.shapes] == ["48x64x9", "32x32x5"]
-    assert (request.batch, request.numerics.value) == (2, "diffusers")
+    assert (request.batch, request.numerics.value, request.parted) == (2, "diffusers", True)
     assert request.step_cache == "easycache:0.05,warmup=3"
     assert request.compilation.memory_bytes == 3_500_000_000
     calibration = request.calibration
@@ -97,6 +98,8 @@ def test_no_field_is_left_out_of_the_test_above() -> None:
     said = len(fields(FULL)) - len(told) - 2 + len(fields(FULL.calibration))  # kept and calibration are one and several
     assert len(build_options(FULL)) == said + 1
     assert plan_options(FULL)["gpu"] == "L4"
+    assert plan_options(FULL)["calibration_memory"] == 1.5
+    assert plan_options(FULL)["partition"] == "head,body,tail"
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -54,7 +54,8 @@ def plan_of_manifest(manifest: Manifest) -> Plan:
     """
     family = FAMILIES[manifest.spec.family]
     names = [entry.name for entry in manifest.stages]
-    stages = tuple(stage for stage in family.stages(manifest.spec, manifest.recipe.batch) if stage.name in names)
+    every = family.stages(manifest.spec, manifest.recipe.batch, None, manifest.parted)
+    stages = tuple(stage for stage in every if stage.name in names)
     steps = [
         profile.dimensions["steps"][2]
         for entry in manifest.stages

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import pytest
 
+from reelforge.export.lower import EightBit, PluginAttentions, passes_for
+from reelforge.export.passes.lower_attention import LowerAttentionPass
 from reelforge.export.planner.gpus import GPUS, find_gpu
-from reelforge.export.planner.kernels import AttentionKernel, attention_rate, default_kernels
+from reelforge.export.planner.kernels import (
+    COMPILERS_KERNELS,
+    AttentionKernel,
+    attention_rate,
+    has_plugins,
+    plugin_kernel,
+)
 from reelforge.runtime.architectures import ARCHITECTURES
 from reelforge.runtime.errors import RequestError
-from reelforge.runtime.recipe import Backend, Precision
+from reelforge.runtime.recipe import Precision, Target
 
 
 @pytest.mark.parametrize("name", ["RTX 4090", "rtx4090", "4090", "NVIDIA GeForce RTX 4090"])
@@ -85,7 +93,20 @@ def test_our_plugin_is_measured_on_one_gpu_and_scaled_to_others() -> None:
     assert there.extrapolated
 
 
-def test_only_tensorrt_takes_the_plugins() -> None:
-    assert default_kernels(Backend.TRT)[Precision.FP8] is AttentionKernel.PLUGIN
-    assert default_kernels(Backend.RTX)[Precision.FP8] is AttentionKernel.FUSED_FP8
-    assert Precision.FP32 not in default_kernels(Backend.CUDA)
+def test_plugins_are_tensorrt_s_where_no_scales_are_given() -> None:
+    """A recipe with ``--attention fp8`` asks for the compiler's own attention (see ``export.lower``)."""
+    assert plugin_kernel(Target.parse("trt:sm90")) is AttentionKernel.PLUGIN
+    for target in ("rtx:sm89", "cuda", "cpu", "trt:sm75", "trt:sm121", "trt:sm80"):
+        assert plugin_kernel(Target.parse(target)) is None
+    assert has_plugins(Target.parse("trt:sm80")), "with 16-bit values, which nobody has timed"
+    assert not has_plugins(Target.parse("trt:sm121"))
+    assert COMPILERS_KERNELS[Precision.FP8] is AttentionKernel.FUSED_FP8
+    assert Precision.FP32 not in COMPILERS_KERNELS
+
+
+@pytest.mark.parametrize("name", ["trt:sm90", "trt:sm100", "trt:sm120", "trt:sm75", "rtx:sm89"])
+def test_the_planner_s_plugins_are_the_graph_s(name: str) -> None:
+    """Whether the passes of a target have plugins is not said twice differently."""
+    target = Target.parse(name)
+    passes = passes_for(target, EightBit(), PluginAttentions(("double.0.attention",)))
+    assert any(isinstance(one, LowerAttentionPass) for one in passes) == has_plugins(target)
