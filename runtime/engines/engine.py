@@ -29,7 +29,8 @@ class EngineOptions:
 
     Args:
         threads: Threads of one operator; None means one per core that this process may use.
-        spinning: Whether idle threads busy-wait for the next operator: a little faster, and it occupies every core.
+        spinning: Whether idle threads busy-wait for the next operator of a run: a little faster, and it occupies every
+            core. Between runs none does.
         graph_optimization: ``"all"``, ``"extended"``, ``"basic"`` or ``"none"``.
         device: Number of the GPU, from 0.
         cuda_graph: Whether the sampling loop is recorded once and replayed, where the backend can.

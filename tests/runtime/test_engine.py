@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -197,6 +198,19 @@ def test_a_loop_ends_with_its_engine(bundle: Bundle) -> None:
     engine.close()
     with pytest.raises(EngineError, match="stage 'dit' was run after its engine was closed"):
         loop.advance(0)
+
+
+def test_no_thread_spins_between_runs(bundle: Bundle) -> None:
+    engine = engine_from_onnx(bundle.graph("dit"), bundle.stage("dit"), EngineOptions(threads=4, spinning=True))
+    inputs = dit_inputs(frames=20_000)  # enough that its operators are split among threads
+    spent = []
+    for _ in range(3):
+        engine.run(inputs)
+        before = time.process_time()
+        time.sleep(0.1)
+        spent.append(time.process_time() - before)
+    engine.close()
+    assert min(spent) < 0.01
 
 
 def test_run_after_close(dit: OnnxRuntimeEngine) -> None:
