@@ -17,8 +17,10 @@ import numpy as np
 
 from reelforge.runtime.control import Stop
 from reelforge.runtime.engines.engine import Engine
-from reelforge.runtime.errors import EngineError, OutOfMemoryError, RequestError
+from reelforge.runtime.errors import EngineError, NotFiniteError, OutOfMemoryError, RequestError
 from reelforge.runtime.events import Event, FloatArray, Frames, Notice, Progress
+from reelforge.runtime.latents_file import kind_of
+from reelforge.runtime.sampling import all_finite
 from reelforge.runtime.tiling import TiledDecoder, smaller_tiles
 
 if TYPE_CHECKING:
@@ -57,11 +59,11 @@ def check_latents(latents: FloatArray, spec: ModelSpec) -> None:
         RequestError: If they are of another type or rank, or not finite.
     """
     channels = spec.vae.latent_channels
-    fits = latents.dtype == np.float32 and latents.ndim == 5 and latents.shape[:2] == (1, channels)
-    if not fits or 0 in latents.shape:
+    shape = latents.shape if isinstance(latents, np.ndarray) and latents.dtype == np.float32 else ()
+    if len(shape) != 5 or shape[:2] != (1, channels) or 0 in shape:
         raise RequestError(
             "the latents are not those of a video of this model.",
-            received=f"{latents.dtype} {list(latents.shape)}",
+            received=kind_of(latents),
             expected=f"float32 [1, {channels}, frames, height, width]",
             fix="pass what --save-latents wrote for a bundle of the same model",
         )
@@ -119,6 +121,12 @@ def _events(
         def decode_tile(tile: FloatArray) -> FloatArray:
             stop.check(f"tile {done + 1} of {total}")
             frames: FloatArray = vae.run({"latent_tile": tile})["frame_tile"]
+            if not all_finite(frames):  # as bytes they would be a picture, black or of nothing
+                raise NotFiniteError(
+                    "stage 'vae_decoder' gave frames that are not finite numbers.",
+                    received=f"{int(np.count_nonzero(~np.isfinite(frames)))} of {frames.size} values of a tile",
+                    fix="rebuild the bundle with --precision fp32, or check its parity with reelforge verify",
+                )
             return frames
 
         decoder = TiledDecoder(latents, decode_tile, tiling, spec.vae)

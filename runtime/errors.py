@@ -84,6 +84,10 @@ class EngineError(ReelforgeError):
     exit_code = 8
 
 
+class NotFiniteError(EngineError):
+    """A stage gave NaN or infinity. The engine is not broken by that: its weights or its precision do not suffice."""
+
+
 class OutOfMemoryError(EngineError):
     """Host or GPU had too little memory for a stage; with other work out of the way, or in less at once, it may fit."""
 

@@ -30,7 +30,7 @@ from reelforge.runtime.devices import device_index
 from reelforge.runtime.dimensions import video_sizes
 from reelforge.runtime.engines.engine import Engine, EngineOptions
 from reelforge.runtime.events import Event, FloatArray, Frames, Notice, Pixels, Progress
-from reelforge.runtime.latents_file import write_latents
+from reelforge.runtime.latents_file import writable, write_final
 from reelforge.runtime.preview import ColourMap, Previews
 from reelforge.runtime.prompt_stages import conditioning, encoding, result_of
 from reelforge.runtime.request import Request, ResolvedRequest, resolve_request
@@ -190,13 +190,13 @@ class Pipeline:
         Raises:
             RequestError: If the bundle does not support the request.
             EngineError: If an engine fails.
-            OutputError: If ``save_latents`` cannot be written.
+            OutputError: If ``save_latents`` cannot be written: at once, or with the latents (``UnsavedLatentsError``).
             CancelledError: If ``stop`` was set, or its deadline has passed.
         """
         resolved = self.resolve(request)
         check_first_step(first_step, resolved.steps, latents)
         initial = self.inputs.initial_latents(resolved, latents)
-        return self._generation(resolved, initial, save_latents, stop or Stop(), previews, first_step)
+        return self._generation(resolved, initial, writable(save_latents), stop or Stop(), previews, first_step)
 
     async def generate_async(
         self,
@@ -235,7 +235,8 @@ class Pipeline:
             RequestError: If the prompt is not valid Unicode text.
             EngineError: If an engine fails.
         """
-        return result_of(self._encoding(prompt, Stop()))
+        with self._turns.take(Stop()):
+            return result_of(self._encoding(prompt, Stop()))
 
     def prepare(self, prompts: Sequence[str], stop: Stop | None = None) -> None:
         """Encode prompts of requests to come, each encoder loaded once, where anything is remembered at all.
@@ -258,7 +259,8 @@ class Pipeline:
         Raises:
             EngineError: If an engine fails.
         """
-        return result_of(self._conditioning(request, text, Stop()))
+        with self._turns.take(Stop()):
+            return result_of(self._conditioning(request, text, Stop()))
 
     def sample(self, request: ResolvedRequest, conditions: Conditions, latents: FloatArray | None = None) -> FloatArray:
         """Run the sampling loop and return the final latents ``[1, C, T, H, W]``.
@@ -272,7 +274,8 @@ class Pipeline:
             RequestError: If ``latents`` does not have the request's shape.
             EngineError: If the engine fails or its numbers are not finite.
         """
-        return result_of(self._sampling(request, conditions, self.inputs.initial_latents(request, latents), Stop()))
+        with self._turns.take(Stop()):
+            return result_of(self._sampling(request, conditions, self.inputs.initial_latents(request, latents), Stop()))
 
     def decode(self, latents: FloatArray) -> Iterator[FloatArray]:
         """Decode final latents ``[1, C, T, H, W]``.
@@ -333,7 +336,7 @@ class Pipeline:
         self,
         request: ResolvedRequest,
         latents: FloatArray,
-        save_latents: str | Path | None,
+        saved: Path | None,
         stop: Stop,
         previews: bool,
         first_step: int,
@@ -341,21 +344,21 @@ class Pipeline:
         with self._turns.take(stop):
             self._stages.expect(video_sizes(self.spec, request.shape, request.steps))
             text = yield from self._encoding(request.prompt, stop)
-            for notice in text.notices:
-                yield Notice(notice)
+            yield from map(Notice, text.notices)
             conditions = yield from self._conditioning(request, text, stop)
             if request.negative_prompt is not None:
                 away_from = result_of(self._encoding(request.negative_prompt, stop))
+                yield from (Notice(one.replace("the prompt", "the negative prompt", 1)) for one in away_from.notices)
                 conditions = replace(conditions, negative=result_of(self._conditioning(request, away_from, stop)))
             shown = Previews(self._colours, request.steps, request.shift) if previews else None
             try:
-                keep = None if save_latents is None else partial(keep_stopped, stop, Path(save_latents))
+                keep = None if saved is None else partial(keep_stopped, stop, saved)
                 final = yield from self._sampling(request, conditions, latents, stop, first_step, shown, keep)
             except SamplingError as error:
-                raise error if save_latents is None else kept(error, Path(save_latents)) from error.__cause__
-            if save_latents is not None:
-                write_latents(Path(save_latents), final)
-            frames = self._decoding(final, stop, "" if save_latents is None else str(save_latents))
+                raise error if saved is None else kept(error, saved) from error.__cause__
+            if saved is not None:
+                write_final(saved, final)
+            frames = self._decoding(final, stop, "" if saved is None else str(saved))
             yield from self._colours.learning(final, frames) if previews else frames
 
     def _encoding(self, prompt: str, stop: Stop) -> Generator[Event, None, TextEncoding]:

@@ -18,9 +18,11 @@ from reelforge.runtime.conditioning import guidance_value, rope_tables, sinusoid
 from reelforge.runtime.engines.engine import Array
 from reelforge.runtime.errors import RequestError
 from reelforge.runtime.events import FloatArray
+from reelforge.runtime.latents_file import kind_of
 from reelforge.runtime.noise import gaussian_noise
 from reelforge.runtime.recipe import VideoShape
 from reelforge.runtime.request import ResolvedRequest
+from reelforge.runtime.sampling import all_finite
 from reelforge.runtime.schedule import flow_match_sigmas, sigma_steps, timesteps
 from reelforge.runtime.tokenize import clip_tokens, llm_tokens
 
@@ -122,17 +124,23 @@ class StageInputs:
         """Return the noise of a request's seed, or ``latents`` if they are given.
 
         Raises:
-            RequestError: If ``latents`` do not have the request's shape.
+            RequestError: If ``latents`` do not have the request's shape, or are not finite.
         """
         shape = self.latent_shape(request.shape)
         if latents is None:
             return gaussian_noise(shape, request.seed)
-        if latents.shape != shape or latents.dtype != np.float32:
+        if not isinstance(latents, np.ndarray) or latents.shape != shape or latents.dtype != np.float32:
             raise RequestError(
                 "the initial latents do not fit the request.",
-                received=f"{latents.dtype} {list(latents.shape)}",
+                received=kind_of(latents),
                 expected=f"float32 {list(shape)}",
                 fix="pass noise of the request's shape, or leave it out",
+            )
+        if not all_finite(latents):
+            raise RequestError(
+                "the initial latents are not finite numbers: no step can begin with them.",
+                received=f"{int(np.count_nonzero(~np.isfinite(latents)))} of {latents.size} values",
+                fix="pass other noise, or leave it out",
             )
         return latents
 

@@ -76,11 +76,8 @@ def finishing_the_step(stop: Stop) -> Iterator[None]:
     def interrupted(_number: int, _frame: FrameType | None) -> None:
         if stop.wanted:
             raise KeyboardInterrupt
-        click.echo(
-            "interrupted: the work under way is finished, to keep what was sampled; Ctrl-C again ends at once.",
-            err=True,
-        )
-        stop.set("it was interrupted", keep=True)
+        stop.set("it was interrupted", keep=True)  # before a terminal that is gone can fail
+        click.echo(_FINISHING, err=True)
 
     previous = signal.signal(signal.SIGINT, interrupted)
     try:

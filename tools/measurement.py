@@ -6,6 +6,7 @@ The work is in ``runtime.step_cache.measure``.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -128,14 +129,13 @@ def run(
         summary: Says in a few words what was found.
 
     Raises:
-        OutputError: If the file cannot be written; its folder is looked for before anything is measured.
+        OutputError: If the file cannot be written, which is found out before anything is measured.
     """
     from reelforge.runtime.bundle.open import Bundle
     from reelforge.runtime.pipeline import Pipeline
 
     output = options.output
-    if not output.parent.is_dir():
-        raise OutputError(f"the folder {str(output.parent)!r} does not exist.", fix="create it, or choose another path")
+    _require_writable(output)
     started = time.monotonic()
     columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     terminal = Console(stderr=True)
@@ -151,3 +151,16 @@ def run(
         return
     count = f"{len(requests)} generation{'s' if len(requests) > 1 else ''}"
     click.echo(f"{output}: {summary(found)}, from {count} in {time.monotonic() - started:.1f} s", err=True)
+
+
+def _require_writable(output: Path) -> None:
+    if not output.parent.is_dir():
+        raise OutputError(f"the folder {str(output.parent)!r} does not exist.", fix="create it, or choose another path")
+    place = output if output.exists() else output.parent
+    if output.is_dir() or not os.access(place, os.W_OK):
+        raise OutputError(
+            f"the file {str(output)!r} cannot be written.",
+            received="a folder" if output.is_dir() else "no permission",
+            expected="a file that this user may write",
+            fix="choose another path",
+        )

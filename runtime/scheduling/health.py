@@ -5,7 +5,7 @@ The module counts; it knows no threads, no clock and no pipeline.
 
 from __future__ import annotations
 
-from reelforge.runtime.errors import CancelledError, OutputError, RequestError
+from reelforge.runtime.errors import CancelledError, NotFiniteError, OutputError, RequestError
 from reelforge.runtime.sampling import SamplingError
 from reelforge.runtime.scheduling.limits import FailurePolicy
 
@@ -51,4 +51,6 @@ def blames_pipeline(error: BaseException) -> bool:
     """
     if isinstance(error, CancelledError | RequestError | OutputError):
         return False
-    return not (isinstance(error, SamplingError) and error.__cause__ is None)
+    if isinstance(error, SamplingError) and error.__cause__ is None:
+        return False
+    return not isinstance(error.__cause__, NotFiniteError)

@@ -147,7 +147,12 @@ class Job:
         return (time.monotonic() if self._ended_s is None else self._ended_s) - self._started_s
 
     def cancel(self, reason: str = "it was cancelled") -> None:
-        """End the job: at once if it waits, before its next unit of work if it runs. No harm if it has ended."""
+        """End the job: at once if it waits, before its next unit of work if it runs. No harm if it has ended.
+
+        Raises:
+            EngineError: If this process is not the one of the pool.
+        """
+        self._require_process()
         self.stop.set(reason)
         self._withdraw(self)
         self._log.wake()
@@ -305,7 +310,7 @@ class Job:
             self._read = True
 
     def _left(self, whole: bool) -> None:
-        if self.order.streamed and not whole and not self.done:
+        if self.order.streamed and not whole and not self.done and os.getpid() == self._process:
             self.cancel("whoever read its frames left")
 
     def _require_kept(self) -> None:

@@ -19,6 +19,7 @@ from typing import Self
 from reelforge.runtime.bundle.check import Check
 from reelforge.runtime.control import Stop
 from reelforge.runtime.errors import RequestError
+from reelforge.runtime.latents_file import writable
 from reelforge.runtime.memo import Memos
 from reelforge.runtime.pipeline import MEMO_BYTES, Pipeline
 from reelforge.runtime.request import Request, ResolvedRequest
@@ -154,11 +155,12 @@ class PipelinePool:
             ClosedError: If the pool is closed or closing.
             DeadlineError: If the deadline passes while waiting for a place.
             EngineError: If no pipeline is left, or this process is not the one that opened the pool.
+            OutputError: If ``save_latents`` cannot be written.
         """
         self._require_process()
         check_terms(caller, priority, deadline_s, block_s)
         resolved = self._resolve(request)
-        saved = None if save_latents is None else Path(save_latents)
+        saved = writable(save_latents)
         order = Order(request, resolved, caller, priority, _cost(resolved), stream, saved, previews)
         log = EventLog(self.limits.frames_ahead, self.limits.stall_s)
         job = Job(next(self._numbers), order, Stop(deadline_s), log, self._dispatch.withdraw)

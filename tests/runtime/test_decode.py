@@ -16,7 +16,8 @@ from reelforge.runtime import Frames, Notice, Pipeline, Progress, Request, Stop
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.decode import DecodingError
 from reelforge.runtime.engines.engine import Array, Engine, EngineOptions
-from reelforge.runtime.errors import CancelledError, EngineError, OutOfMemoryError, RequestError
+from reelforge.runtime.errors import CancelledError, EngineError, NotFiniteError, OutOfMemoryError, RequestError
+from reelforge.runtime.scheduling.health import blames_pipeline
 from reelforge.runtime.spec import VaeTiling
 from reelforge.runtime.tiling import TiledDecoder, plan_tiles, smaller_tiles
 from tests.runtime.fake_bundle import CHANNELS, SPEC
@@ -35,9 +36,13 @@ class WeakEngine:
     def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array | None] | None = None) -> dict[str, Array]:
         tile = inputs["latent_tile"]
         self.tiles.append(tile.shape[2:])
-        if tile[0, 0].size > self._limit or len(self.tiles) in self._failing:
+        fails = tile[0, 0].size > self._limit or len(self.tiles) in self._failing
+        if fails and self._error is not NotFiniteError:
             raise self._error("there is no room.")
-        return self._engine.run(inputs, outputs)
+        result = self._engine.run(inputs, outputs)
+        if fails:
+            result["frame_tile"][0, 0, 0, 0, 0] = np.nan
+        return result
 
     def close(self) -> None:
         self._engine.close()
@@ -128,6 +133,17 @@ def test_any_failure_of_the_decoder_keeps_the_latents(weak: WeakPipeline) -> Non
     assert caught.value.latents.shape == (1, CHANNELS, 4, 8, 6)
 
 
+def test_frames_that_are_not_finite_are_no_picture(weak: WeakPipeline, expected: np.ndarray) -> None:
+    weak.error, weak.failing = NotFiniteError, frozenset({8})
+    with pytest.raises(DecodingError, match=r"after 5 frames: stage 'vae_decoder' gave frames that are not") as caught:
+        weak.generate(REQUEST)
+    assert "1 of " in str(caught.value)
+    assert not blames_pipeline(caught.value)
+    weak.failing = frozenset()
+    frames = np.concatenate(list(weak.decode(caught.value.latents)))
+    np.testing.assert_array_equal(np.rint(frames * 255), expected)
+
+
 def test_progress_comes_with_each_tile(weak: WeakPipeline, expected: np.ndarray) -> None:
     calls = []
     for event in weak.stream(REQUEST):
@@ -157,6 +173,7 @@ def test_latents_can_be_decoded_alone(weak: WeakPipeline, expected: np.ndarray, 
         (np.zeros((1, CHANNELS + 1, 1, 4, 4), np.float32), f"float32 [1, {CHANNELS}, frames, height, width]"),
         (np.zeros((1, CHANNELS, 0, 4, 4), np.float32), "[1, 4, 0, 4, 4]"),
         (np.full((1, CHANNELS, 1, 4, 4), np.nan, np.float32), "64 of 64 values"),
+        ([0.0], "list"),
     ],
 )
 def test_latents_that_cannot_be_decoded(weak: WeakPipeline, latents: np.ndarray, words: str) -> None:

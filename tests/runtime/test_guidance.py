@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reelforge.runtime import Pipeline, Progress, Request
+from reelforge.runtime import Notice, Pipeline, Progress, Request
 from reelforge.runtime.errors import EngineError, RequestError
 from reelforge.runtime.sampling import SamplingError
 from reelforge.runtime.stage_inputs import Conditions
@@ -71,9 +71,16 @@ def test_progress_is_that_of_one_prompt(pipeline: Pipeline) -> None:
 
 def test_latents_that_are_not_finite_name_the_step(pipeline: Pipeline) -> None:
     noise = np.zeros(LATENTS, np.float32)
-    noise[0, 0, 0, 0, 0] = np.inf
-    with pytest.raises(SamplingError, match="step 1 of 6"):
-        pipeline.generate(REQUEST, latents=noise)
+    with pytest.raises(SamplingError, match="step 1 of 6"):  # noqa: PT012
+        for _ in pipeline.stream(REQUEST, latents=noise):
+            noise[0, 0, 0, 0, 0] = np.inf  # the loop has not begun
+
+
+def test_a_long_negative_prompt_is_cut_with_a_notice(pipeline: Pipeline) -> None:
+    request = replace(REQUEST, negative_prompt="word " * 10_000, steps=1, frames=1)
+    notices = [event.text for event in pipeline.stream(request) if isinstance(event, Notice)]
+    assert notices
+    assert all(notice.startswith("the negative prompt has ") for notice in notices)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,11 @@ import torch
 from reelforge.runtime import Check, Frames, Notice, Pipeline, Progress, Request
 from reelforge.runtime.conditioning import rope_tables
 from reelforge.runtime.errors import BundleError, OutputError, RequestError
+from reelforge.runtime.latents_file import UnsavedLatentsError
 from reelforge.runtime.manifest import StageEntry, TensorInfo
 from reelforge.runtime.noise import gaussian_noise
 from reelforge.runtime.sampling import SamplingError, all_finite, begin_loop, take_step
+from reelforge.runtime.stage_inputs import TextEncoding
 from tests.runtime.fake_bundle import CHANNELS, SPEC, TEMPLATE, constant, write_fake_bundle
 
 REQUEST = Request("a ball", height=32, width=48, frames=5, steps=6, seed=3, guidance=6.1, shift=5.0)
@@ -168,22 +171,32 @@ def test_errors_before_any_engine_runs(pipeline: Pipeline, tmp_path: Path) -> No
         Pipeline.open(tmp_path / "part")
 
 
-@pytest.mark.parametrize("wrong", [np.zeros((1, CHANNELS, 2, 4, 5), np.float32), np.zeros(LATENTS)])
+@pytest.mark.parametrize("wrong", [np.zeros((1, CHANNELS, 2, 4, 5), np.float32), np.zeros(LATENTS), [0.0]])
 def test_latents_that_do_not_fit(pipeline: Pipeline, wrong: np.ndarray) -> None:
     with pytest.raises(RequestError, match="initial latents do not fit"):
-        pipeline.generate(REQUEST, latents=wrong)
+        pipeline.stream(REQUEST, latents=wrong)
 
 
-def test_latents_that_are_not_finite_stop_the_loop_at_their_step(pipeline: Pipeline) -> None:
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_latents_that_are_not_finite_are_refused_before_any_work(pipeline: Pipeline, value: float) -> None:
     noise = np.zeros(LATENTS, np.float32)
-    noise[0, 0, 0, 0, 0] = np.nan
-    seen: list[Progress] = []
-    with pytest.raises(SamplingError, match=r"step 1 of 6 .* not finite") as caught:
-        pipeline.generate(REQUEST, seen.append, latents=noise)
+    noise[0, 0, 0, 0, 0] = value
+    with pytest.raises(RequestError, match="initial latents are not finite numbers") as caught:
+        pipeline.stream(REQUEST, latents=noise)
+    assert "1 of 192 values" in str(caught.value)
+
+
+def test_latents_that_become_not_finite_stop_the_loop_at_their_step(pipeline: Pipeline) -> None:
+    noise = np.zeros(LATENTS, np.float32)
+    seen = []
+    with pytest.raises(SamplingError, match=r"step 1 of 6 .* not finite") as caught:  # noqa: PT012 - as it goes on
+        for event in pipeline.stream(REQUEST, latents=noise):
+            seen.append(event)
+            noise[0, 0, 0, 0, 0] = np.nan  # the loop has not begun
     assert "1 of 192 values" in str(caught.value)
     assert caught.value.step == 0
     np.testing.assert_array_equal(caught.value.latents, noise)
-    assert "sampling" not in {step.phase for step in seen}
+    assert "sampling" not in {step.phase for step in seen if isinstance(step, Progress)}
 
 
 @pytest.mark.parametrize(("value", "finite"), [(0.0, True), (1e30, True), (np.nan, False), (-np.inf, False)])
@@ -193,9 +206,37 @@ def test_finite_means_neither_nan_nor_infinite(value: float, finite: bool) -> No
     assert all_finite(values) is finite
 
 
-def test_latents_that_cannot_be_saved(pipeline: Pipeline, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["nowhere/x.npy", "."])
+def test_latents_that_cannot_be_saved_are_known_before_any_work(pipeline: Pipeline, tmp_path: Path, name: str) -> None:
     with pytest.raises(OutputError, match="latents cannot be written"):
-        pipeline.generate(REQUEST, save_latents=tmp_path / "nowhere" / "x.npy")
+        pipeline.stream(REQUEST, save_latents=tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_latents_that_cannot_be_saved_in_the_end_are_in_the_error(pipeline: Pipeline, tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    with pytest.raises(UnsavedLatentsError, match="latents cannot be written") as caught:  # noqa: PT012
+        for event in pipeline.stream(REQUEST, save_latents=folder / "x.npy"):
+            if isinstance(event, Progress) and event.phase == "sampling" and event.step == 6:
+                folder.rmdir()
+    assert "Pipeline.decode(error.latents)" in caught.value.fix
+    pixels = [np.rint(values * 255) for values in pipeline.decode(caught.value.latents)]
+    np.testing.assert_array_equal(np.concatenate(pixels), pipeline.generate(REQUEST))
+
+
+def test_phases_wait_for_the_turn_too(pipeline: Pipeline) -> None:
+    events = pipeline.stream(REQUEST)
+    next(events)
+    encodings: list[TextEncoding] = []
+    thread = threading.Thread(target=lambda: encodings.append(pipeline.encode_text("a ball")))
+    thread.start()
+    thread.join(0.3)
+    assert thread.is_alive()
+    assert not encodings
+    events.close()
+    thread.join(20)
+    assert len(encodings) == 1
 
 
 class RecordingEngine:

@@ -84,8 +84,11 @@ def test_without_a_file_the_error_has_the_latents(failing: FailingPipeline, tmp_
         failing.generate(REQUEST)
     assert caught.value.latents.shape == (1, 4, 2, 4, 6)
     assert caught.value.fix == "water"
-    with pytest.raises(SamplingError) as caught:
-        failing.generate(REQUEST, save_latents=tmp_path / "nowhere" / "x.npy")
+    (tmp_path / "gone").mkdir()
+    with pytest.raises(SamplingError) as caught:  # noqa: PT012
+        for event in failing.stream(REQUEST, save_latents=tmp_path / "gone" / "x.npy"):
+            if isinstance(event, Progress) and (event.phase, event.step) == ("sampling", 1):
+                (tmp_path / "gone").rmdir()
     assert caught.value.fix == "water", "that the latents cannot be written does not hide why the step failed"
 
 
@@ -107,6 +110,8 @@ def stopped(pipeline: Pipeline, save_latents: Path, phase: str, done: int, keep:
     for event in pipeline.stream(REQUEST, save_latents=save_latents, stop=stop):
         if isinstance(event, Progress) and (event.phase, event.step) == (phase, done):
             stop.set("the machine is wanted elsewhere", keep)
+            if save_latents.parent.name == "gone":
+                save_latents.parent.rmdir()
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -125,10 +130,11 @@ def test_a_run_that_is_stopped_keeps_its_latents_where_that_is_wanted(
             np.testing.assert_array_equal(np.concatenate(frames), expected)
 
 
-@pytest.mark.parametrize(("phase", "done", "folder"), [("conditioning", 2, "."), ("sampling", 3, "nowhere")])
+@pytest.mark.parametrize(("phase", "done", "folder"), [("conditioning", 2, "kept"), ("sampling", 3, "gone")])
 def test_what_is_stopped_before_a_step_or_cannot_be_kept_says_only_that(
     fake_bundle: Path, tmp_path: Path, phase: str, done: int, folder: str
 ) -> None:
+    (tmp_path / folder).mkdir()
     with Pipeline.open(fake_bundle, threads=1) as pipeline, pytest.raises(CancelledError):
         stopped(pipeline, tmp_path / folder / "x.npy", phase, done, keep=True)
-    assert not list(tmp_path.glob("*.npy"))
+    assert not list(tmp_path.rglob("*.npy"))

@@ -94,6 +94,9 @@ def test_ratios_that_cannot_be_measured(bundle: Path, tmp_path: Path) -> None:
     assert (few.returncode, "too few steps to fit" in few.stderr) == (2, True)
     nowhere = reelforge("measure-ratios", bundle, "-o", "no/r.json", folder=tmp_path)
     assert "the folder 'no' does not exist" in nowhere.stderr
+    folder = reelforge("measure-ratios", bundle, "-o", ".", folder=tmp_path)
+    assert (folder.returncode, "the file '.' cannot be written" in folder.stderr) == (7, True)
+    assert "Traceback" not in folder.stderr
     assert names(tmp_path) == []
     shown = reelforge("measure-ratios", bundle, "-o", "r.json", *SMALL, "--json", folder=tmp_path)
     assert json.loads(shown.stdout) == json.loads((tmp_path / "r.json").read_text())

@@ -138,7 +138,7 @@ def _one(pipeline: Pipeline, draw: random.Random) -> str:
     stop, latents = Stop(), None
     if kind > 15 / 16:
         resolved = pipeline.resolve(request)
-        latents = np.full(pipeline.inputs.latent_shape(resolved.shape), np.nan, np.float32)
+        latents = np.zeros(pipeline.inputs.latent_shape(resolved.shape), np.float32)
     if 14 / 16 < kind <= 15 / 16:
         resolved = pipeline.resolve(request)
         for _ in pipeline.decode(np.zeros(pipeline.inputs.latent_shape(resolved.shape), np.float32)):
@@ -150,6 +150,8 @@ def _one(pipeline: Pipeline, draw: random.Random) -> str:
             assert isinstance(event, Progress | Notice | Frames)
             if number == cancelled_after:
                 stop.set()
+            if latents is not None:
+                latents.fill(np.nan)  # only now, before the first step: a request is checked when it is made
     except CancelledError:
         return "cancelled"
     except (SamplingError, DecodingError):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from reelforge.runtime import Check, Pipeline, Progress, Request
-from reelforge.runtime.errors import BundleError, CancelledError, EngineError, RequestError
+from reelforge.runtime.errors import BundleError, CancelledError, EngineError, OutputError, RequestError
 from reelforge.runtime.scheduling.job import State
 from reelforge.runtime.scheduling.limits import FailurePolicy
 from reelforge.runtime.scheduling.pool import PipelinePool
@@ -63,6 +63,13 @@ def test_latents_are_saved_and_previews_shown(fake_bundle: Path, tmp_path: Path,
         steps = [event for event in job.events() if isinstance(event, Progress) and event.phase == "sampling"]
     assert np.load(tmp_path / "x.npy").shape == (1, 4, 4, 4, 6)
     assert all(step.preview is not None for step in steps)
+
+
+def test_latents_that_cannot_be_saved_take_no_place(fake_bundle: Path, tmp_path: Path) -> None:
+    with PipelinePool.open(fake_bundle, threads=1, check=Check.SIZES) as pool:
+        with pytest.raises(OutputError, match="latents cannot be written"):
+            pool.submit(REQUEST, save_latents=tmp_path / "nowhere" / "x.npy")
+        assert pool.statistics().accepted == 0
 
 
 def test_bundles_and_devices_that_do_not_serve(fake_bundle: Path, tmp_path: Path) -> None:
