@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from reelforge.runtime.budget import StageBytes
 from reelforge.runtime.engines.engine import Engine
-from reelforge.runtime.errors import EngineError, OutOfMemoryError
+from reelforge.runtime.errors import EngineError, NotFiniteError, OutOfMemoryError
 
 
 @dataclass
@@ -75,7 +75,8 @@ class Residency:
     def lease(self, stage: str) -> Iterator[Engine]:
         """Lend the engine of a stage for the duration of a ``with`` block.
 
-        An engine that fails in it is not kept: in which state it is, nobody knows.
+        An engine that fails in it is not kept: in which state it is, nobody knows. One whose numbers are not finite has
+        not failed, and stays.
         """
         with self._lock:
             held = self._held.get(stage)
@@ -85,8 +86,8 @@ class Residency:
             held.users += 1
         try:
             yield held.engine
-        except EngineError:
-            held.kept = False
+        except EngineError as error:
+            held.kept = held.kept and isinstance(error, NotFiniteError)
             raise
         finally:
             with self._lock:

@@ -63,7 +63,7 @@ def kept(error: SamplingError, save_latents: Path) -> SamplingError:
         return error
     how = f"--resume, or latents= of it and first_step={error.step}"
     go_on = f"the steps before are kept in {str(path)!r}: go on with {how}"
-    return SamplingError(
+    return type(error)(
         error.where,
         error.step,
         error.latents,

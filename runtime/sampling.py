@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from reelforge.runtime.engines.engine import Array, Engine
-from reelforge.runtime.errors import EngineError
+from reelforge.runtime.errors import EngineError, NotFiniteError
 
 
 class SamplingError(EngineError):
@@ -30,6 +30,10 @@ class SamplingError(EngineError):
         super().__init__(where, received=received, expected=expected, fix=fix)
         self.step = step
         self.latents = latents
+
+
+class NotFiniteLatentsError(SamplingError, NotFiniteError):
+    """A step gave latents that are not finite numbers."""
 
 
 class StepLoop(Protocol):
@@ -112,7 +116,8 @@ def take_step(loop: StepLoop, step: int, total: int, latents: Array) -> Array:
         latents: As the step before left them.
 
     Raises:
-        SamplingError: If the engine fails or its numbers are not finite, with ``latents``.
+        SamplingError: If the engine fails, with ``latents``.
+        NotFiniteLatentsError: If its numbers are not finite; likewise.
     """
     try:
         loop.advance(step)
@@ -128,7 +133,7 @@ def take_step(loop: StepLoop, step: int, total: int, latents: Array) -> Array:
         ) from error
     if not all_finite(following):
         bad = int(np.count_nonzero(~np.isfinite(following)))
-        raise SamplingError(
+        raise NotFiniteLatentsError(
             f"step {step + 1} of {total} of stage 'dit' gave latents that are not finite numbers.",
             step,
             latents,

@@ -6,7 +6,6 @@ The module counts; it knows no threads, no clock and no pipeline.
 from __future__ import annotations
 
 from reelforge.runtime.errors import CancelledError, NotFiniteError, OutputError, RequestError
-from reelforge.runtime.sampling import SamplingError
 from reelforge.runtime.scheduling.limits import FailurePolicy
 
 
@@ -51,6 +50,4 @@ def blames_pipeline(error: BaseException) -> bool:
     """
     if isinstance(error, CancelledError | RequestError | OutputError):
         return False
-    if isinstance(error, SamplingError) and error.__cause__ is None:
-        return False
-    return not isinstance(error.__cause__, NotFiniteError)
+    return not isinstance(error, NotFiniteError) and not isinstance(error.__cause__, NotFiniteError)

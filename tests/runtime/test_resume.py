@@ -15,6 +15,7 @@ from reelforge.runtime.control import Stop
 from reelforge.runtime.engines.engine import Array, Engine, EngineOptions
 from reelforge.runtime.errors import CancelledError, EngineError, RequestError
 from reelforge.runtime.sampling import SamplingError
+from reelforge.runtime.scheduling.health import blames_pipeline
 
 REQUEST = Request("a ball", height=32, width=48, frames=5, steps=6, seed=3)
 
@@ -69,6 +70,8 @@ def test_a_run_goes_on_where_it_failed(
     assert f"are kept in '{path}': go on with --resume, or latents= of it and first_step={step}" in str(caught.value)
     assert with_nan or "fix: water; the steps" in str(caught.value)
     assert caught.value.step == step
+    assert blames_pipeline(caught.value) is not with_nan
+    assert ("dit" in failing.statistics().resident_bytes) is with_nan, "numbers that are none do not break an engine"
     np.testing.assert_array_equal(np.load(path), caught.value.latents)
     failing.failing = -1
     events = list(failing.stream(REQUEST, latents=np.load(path), first_step=step))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from reelforge.runtime.errors import BundleError, CancelledError, EngineError, OutputError, RequestError
-from reelforge.runtime.sampling import SamplingError
+from reelforge.runtime.sampling import NotFiniteLatentsError, SamplingError
 from reelforge.runtime.scheduling.dispatch import Dispatch
 from reelforge.runtime.scheduling.health import Health, blames_pipeline
 from reelforge.runtime.scheduling.job import State
@@ -56,7 +56,7 @@ def test_whatever_is_raised_reaches_the_caller(
 
 
 def test_errors_that_are_not_the_pipelines_leave_it_open(pool: PipelinePool, world: World) -> None:
-    numbers = SamplingError("step 1 gave latents that are not finite.", 0, np.zeros(1, np.float32))
+    numbers = NotFiniteLatentsError("step 1 gave latents that are not finite.", 0, np.zeros(1, np.float32))
     for error in (OutputError("no such folder."), CancelledError("stopped."), RequestError("no."), numbers):
         world.failures["bad"] = error
         job = pool.submit(small("bad"))
