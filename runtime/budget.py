@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from reelforge.runtime.engines.narrow_weights import widens_in_the_run
+from reelforge.runtime.engines.narrow_weights import Widening, widens_in_the_run
 from reelforge.runtime.errors import RequestError
 from reelforge.runtime.host_memory import available_bytes
 from reelforge.runtime.recipe import Backend
@@ -98,7 +98,12 @@ def default_host_budget() -> int:
     return int((available_bytes() or 0) * HOST_SHARE)
 
 
-def stage_bytes(manifest: Manifest, entry: StageEntry, sizes: Mapping[str, int] | None = None) -> StageBytes:
+def stage_bytes(
+    manifest: Manifest,
+    entry: StageEntry,
+    sizes: Mapping[str, int] | None = None,
+    widening: Widening = Widening.AUTO,
+) -> StageBytes:
     """Return what a stage takes.
 
     Args:
@@ -106,6 +111,7 @@ def stage_bytes(manifest: Manifest, entry: StageEntry, sizes: Mapping[str, int] 
         entry: The stage.
         sizes: Sizes of named dimensions. Of plans, a dimension that is not among them counts as the smallest that they
             were compiled for; on the CPU, tensors with such a dimension are not counted.
+        widening: When 16-bit weights become float32 on the CPU.
     """
     sizes = sizes or {}
     if entry.plans:
@@ -116,7 +122,7 @@ def stage_bytes(manifest: Manifest, entry: StageEntry, sizes: Mapping[str, int] 
         return max((_plan_bytes(plans, sizes) for plans in groups.values()), key=lambda need: need.total)
     weights = widened = 0
     wide = manifest.target.backend is Backend.CPU
-    if wide and widens_in_the_run(entry):
+    if wide and widens_in_the_run(entry, widening):
         widened, wide = max(math.prod(weight.shape) for weight in entry.weights) * _FLOAT_BYTES, False
     for weight in entry.weights:
         size = _WIDE_BYTES.get(weight.dtype) if wide else None

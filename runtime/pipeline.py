@@ -29,6 +29,7 @@ from reelforge.runtime.decode import check_latents, decoding
 from reelforge.runtime.devices import device_index
 from reelforge.runtime.dimensions import video_sizes
 from reelforge.runtime.engines.engine import Engine, EngineOptions
+from reelforge.runtime.engines.narrow_weights import Widening
 from reelforge.runtime.events import Event, FloatArray, Frames, Notice, Pixels, Progress
 from reelforge.runtime.latents_file import writable, write_final
 from reelforge.runtime.preview import ColourMap, Previews
@@ -94,6 +95,7 @@ class Pipeline:
         memory_budget: int | str | None = None,
         memo_bytes: int = MEMO_BYTES,
         memos: Memos | None = None,
+        widening: Widening = Widening.AUTO,
     ) -> Self:
         """Open a bundle for generation.
 
@@ -108,6 +110,7 @@ class Pipeline:
             memo_bytes: What of text encodings and conditions is kept in the host's memory for requests that repeat
                 prompts or schedules.
             memos: Where they are kept instead, together with those of other pipelines of this bundle.
+            widening: When the loop's 16-bit weights become float32 on the CPU.
 
         Raises:
             BundleError: If the bundle is damaged, of another schema version, or lacks a stage.
@@ -117,7 +120,7 @@ class Pipeline:
 
         bundle = Bundle.open(path, check)
         index = 0 if device is None else device_index(device, bundle.manifest.target.backend, bundle.name)
-        return cls(bundle, EngineOptions(threads=threads, device=index), memory_budget, memo_bytes, memos)
+        return cls(bundle, EngineOptions(threads, device=index, widening=widening), memory_budget, memo_bytes, memos)
 
     def statistics(self) -> Statistics:
         """Return what the pipeline holds, and how often it had to load a stage or could remember an answer."""

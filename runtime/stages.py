@@ -215,7 +215,7 @@ class Stages:
         return self._limit
 
     def _need(self, stage: str, sizes: Mapping[str, int]) -> StageBytes:
-        return stage_bytes(self._bundle.manifest, self._bundle.stage(stage), sizes)
+        return stage_bytes(self._bundle.manifest, self._bundle.stage(stage), sizes, self._options.widening)
 
     def _need_of(self, stage: str) -> StageBytes:
         return self._needs.get(stage) or self._need(stage, {})

@@ -17,6 +17,7 @@ from reelforge.runtime.budget import LEAST, parse_budget
 from reelforge.runtime.bundle.check import Check
 from reelforge.runtime.control import Stop
 from reelforge.runtime.engines.engine import EngineOptions
+from reelforge.runtime.engines.narrow_weights import Widening
 from reelforge.runtime.errors import CancelledError, OutputError, RequestError
 from reelforge.runtime.latents_file import read_latents
 from reelforge.runtime.pipeline import Pipeline
@@ -79,6 +80,14 @@ from reelforge.tools.video_events import open_bundle, progress_bars, write_video
     "is refused at once.  [default: least, one stage at a time]",
 )
 @click.option(
+    "--widening",
+    type=click.Choice([widening.value for widening in Widening]),
+    default=Widening.AUTO.value,
+    show_default=True,
+    help="When 16-bit weights of the transformer become float32 on the CPU: when it is loaded (most memory) or in each "
+    "run, which leaves them in the mapped file; auto does that where float32 would take more than 256 MiB.",
+)
+@click.option(
     "--save-latents",
     type=click.Path(path_type=Path),
     help="Also write the final latents to this .npy file, before decoding starts. If a step fails, or at Ctrl-C, what "
@@ -121,6 +130,7 @@ def generate(
     device: int,
     provider: str | None,
     memory_budget: str | None,
+    widening: str,
     save_latents: Path | None,
     resume: Path | None,
     check: str,
@@ -157,7 +167,7 @@ def generate(
     )
     started = time.monotonic()
     with progress_bars(hidden=as_json) as bars:
-        options = EngineOptions(threads=threads, device=device, provider=provider)
+        options = EngineOptions(threads=threads, device=device, provider=provider, widening=Widening(widening))
         parse_budget(memory_budget)  # what it does not understand is said before the bundle is read
         first_step, latents = (0, None) if resume is None else (step_of(resume), read_latents(resume))
         pipeline = Pipeline(open_bundle(bundle, Check(check), bars), options, memory_budget or LEAST)

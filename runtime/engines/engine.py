@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from reelforge.runtime.engines.narrow_weights import Widening
 from reelforge.runtime.errors import EngineError
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class EngineOptions:
             ``"cuda"``.
         kernel_cache: Whether the kernels that TensorRT-RTX compiles for this GPU are kept for the next time.
         arena: Whether ONNX Runtime lays out activations in blocks of its own on the CPU, given back after each run.
+        widening: When 16-bit weights of the loop's stages become float32 on the CPU.
     """
 
     threads: int | None = None
@@ -48,6 +50,7 @@ class EngineOptions:
     provider: str | None = None
     kernel_cache: bool = True
     arena: bool = True
+    widening: Widening = Widening.AUTO
 
     def refuse(self, backend: str, *settings: str) -> None:
         """Refuse those of ``settings`` that are not at their default.

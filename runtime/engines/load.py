@@ -39,7 +39,7 @@ def load_engine(bundle: Bundle, stage: str, options: EngineOptions, session: Cal
         from reelforge.runtime.engines.tensorrt_engine import engine_from_plans
         from reelforge.runtime.engines.tensorrt_library import PRODUCTS
 
-        settings = ("threads", "spinning", "graph_optimization", "provider", "arena")
+        settings = ("threads", "spinning", "graph_optimization", "provider", "arena", "widening")
         options.refuse(PRODUCTS[backend], *settings, *(() if backend is Backend.RTX else ("kernel_cache",)))
         return engine_from_plans(session(), bundle, stage, options)
     from reelforge.runtime.engines.onnxruntime_engine import engine_from_onnx
@@ -51,5 +51,5 @@ def load_engine(bundle: Bundle, stage: str, options: EngineOptions, session: Cal
         return engine_from_onnx(
             bundle.graph(stage), entry, replace(options, arena=options.arena and stage != _CONVOLVES)
         )
-    options.refuse("ONNX Runtime on a GPU", "cuda_graph", "kernel_cache", "arena")
+    options.refuse("ONNX Runtime on a GPU", "cuda_graph", "kernel_cache", "arena", "widening")
     return engine_from_onnx(bundle.graph(stage), entry, options, gpu_provider(options))

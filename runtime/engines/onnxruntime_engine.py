@@ -19,7 +19,7 @@ from reelforge.runtime.engines.engine import (
     output_targets,
     thread_count,
 )
-from reelforge.runtime.engines.narrow_weights import SETTINGS, widens_in_the_run
+from reelforge.runtime.engines.narrow_weights import SETTINGS, runs_once, widens_in_the_run
 from reelforge.runtime.engines.onnxruntime_library import import_onnxruntime
 from reelforge.runtime.engines.onnxruntime_loop import OnnxRuntimeLoop
 from reelforge.runtime.engines.onnxruntime_providers import CPU, Device, Provider, require_active, require_available
@@ -167,8 +167,13 @@ def engine_from_onnx(
             entry's.
     """
     settings: Mapping[str, str] = {}
-    if provider is CPU and widens_in_the_run(entry):  # an arena would keep the block of the largest copy
-        settings, options = SETTINGS, replace(options or EngineOptions(), arena=False)
+    options = options or EngineOptions()
+    if provider is CPU and widens_in_the_run(entry, options.widening):
+        settings = SETTINGS
+        if runs_once(entry):
+            # An arena would keep the block of the largest copy. Without one, copies come and go on malloc's heap, which
+            # steps of a large `dit` leave full of holes: 1474 MB instead of 288 with 0.3 billion parameters.
+            options = replace(options, arena=False)
     return _load(str(path), f"the graph {path.name!r} of stage {entry.name!r}", entry, settings, options, provider)
 
 

@@ -14,6 +14,7 @@ import pytest
 from reelforge.runtime import Pipeline, Request
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.engines.engine import EngineOptions
+from reelforge.runtime.engines.narrow_weights import Widening
 from reelforge.runtime.errors import EngineError
 from reelforge.runtime.recipe import Backend, Target
 from tests.runtime.fake_cuda import installed
@@ -130,6 +131,8 @@ def test_settings_that_mean_nothing(bundle: Bundle) -> None:
     assert "expected: cuda or tensorrt or rtx" in str(caught.value)
     with pytest.raises(EngineError, match="'cuda_graph' means nothing to ONNX Runtime on a GPU"):
         Pipeline(bundle, EngineOptions(cuda_graph=False)).generate(REQUEST)
+    with pytest.raises(EngineError, match="'widening' means nothing to ONNX Runtime on a GPU"):
+        Pipeline(bundle, EngineOptions(widening=Widening.RUN)).generate(REQUEST)
 
 
 def test_onnxruntime_that_is_not_installed(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import pytest
 from reelforge.runtime import Pipeline, Request
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.engines.engine import EngineOptions
+from reelforge.runtime.engines.narrow_weights import Widening
 from reelforge.runtime.engines.tensorrt_engine import TensorRtEngine
 from reelforge.runtime.errors import EngineError
 from reelforge.runtime.manifest import TensorInfo
@@ -244,7 +245,7 @@ def test_too_little_memory_is_an_error_and_the_next_request_works(
 @pytest.mark.parametrize(
     "options",
     [EngineOptions(threads=2), EngineOptions(spinning=False), EngineOptions(graph_optimization="none"),
-     EngineOptions(provider="cuda")],
+     EngineOptions(provider="cuda"), EngineOptions(widening=Widening.RUN)],
 )  # fmt: skip
 def test_settings_of_other_backends_are_refused(machine: Callable[..., Machine], options: EngineOptions) -> None:
     pipeline = machine().pipeline(options)
