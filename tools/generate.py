@@ -6,7 +6,6 @@ Knows the options and the progress display; the work is in ``runtime``.
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from reelforge.runtime.bundle.check import Check
 from reelforge.runtime.control import Stop
 from reelforge.runtime.engines.engine import EngineOptions
 from reelforge.runtime.engines.narrow_weights import Widening
-from reelforge.runtime.errors import CancelledError, OutputError, RequestError
+from reelforge.runtime.errors import CancelledError, RequestError
 from reelforge.runtime.latents_file import read_latents
 from reelforge.runtime.pipeline import Pipeline
 from reelforge.runtime.request import Request
@@ -172,8 +171,6 @@ def generate(
         first_step, latents = (0, None) if resume is None else (step_of(resume), read_latents(resume))
         pipeline = Pipeline(open_bundle(bundle, Check(check), bars), options, memory_budget or LEAST)
         resolved = pipeline.resolve(request)
-        if save_latents is not None:
-            _require_writable(save_latents)
         shape = resolved.shape
         rate = pipeline.spec.defaults.frames_per_second
         stop = Stop()
@@ -246,22 +243,4 @@ def _prompt(prompt: str | None, prompt_file: Path | None) -> str:
         raise RequestError(
             f"the prompt file {str(prompt_file)!r} cannot be read: {error.strerror or error}.",
             expected="a readable UTF-8 text file",
-        ) from error
-
-
-def _require_writable(path: Path) -> None:
-    """Find out before sampling whether the latents can be written."""
-    probe = path.parent / f".{path.name}.probe-{os.getpid()}"
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(21, "it is a folder", str(path))
-        try:
-            probe.open("xb").close()
-        finally:
-            probe.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"the latents cannot be written to {str(path)!r}: {error.strerror or error}.",
-            expected="a file in a folder that this user may write",
-            fix="choose another path with --save-latents",
         ) from error

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from reelforge.runtime.errors import CancelledError, DeadlineError, EngineError, RequestError
 from reelforge.runtime.events import Event, Frames, Progress
+from reelforge.runtime.request import resolve_request
 from reelforge.runtime.scheduling.job import State
 from reelforge.runtime.scheduling.limits import ClosedError
-from reelforge.runtime.scheduling.pool import PipelinePool
+from reelforge.runtime.scheduling.pool import PipelinePool, _cost
 from tests.runtime.scheduling.fake_pipeline import WAIT_S, Open, World, expected_frames, small
 
 
@@ -42,6 +44,12 @@ def test_callers_and_priorities_decide_who_is_next(opened: Open, world: World) -
     hold.release()
     assert all(job.wait(WAIT_S) for job in jobs)
     assert world.ran == ["first", "urgent", "one", *(f"many {number}" for number in range(5))]
+
+
+def test_two_evaluations_per_step_count_twice(world: World) -> None:
+    resolved = resolve_request(small("x", steps=3), world.manifest, "fake")
+    assert _cost(resolved) == 3 * 5 * 16 * 16
+    assert _cost(replace(resolved, cfg_scale=6.0, negative_prompt="")) == 2 * _cost(resolved)
 
 
 def test_jobs_spread_over_devices(opened: Open, world: World) -> None:
