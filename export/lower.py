@@ -22,6 +22,7 @@ from reelforge.export.passes.lower_integer_linear import LowerIntegerLinearPass
 from reelforge.export.passes.lower_key_lengths import LowerKeyLengthsPass
 from reelforge.export.passes.lower_linear import LowerLinearPass
 from reelforge.export.passes.lower_rotation import LowerRotationPass
+from reelforge.export.passes.lower_upsampled_convolution import LowerUpsampledConvolutionPass
 from reelforge.export.passes.lower_upsampling import LowerUpsamplingPass
 from reelforge.export.passes.mask_key_lengths import MaskKeyLengthsPass
 from reelforge.export.passes.quantise_attention import AttentionScales, QuantiseAttentionPass
@@ -42,6 +43,10 @@ class EightBit:
 
     layers: Mapping[str, QuantisedLayer] = field(default_factory=dict)
     attentions: Mapping[str, AttentionScales] = field(default_factory=dict)
+
+    def layers_in(self, codes: ir.DataType) -> frozenset[str]:
+        """Return the layers whose weights are codes of one type."""
+        return frozenset(name for name, layer in self.layers.items() if layer.codes.dtype == codes)
 
     def attentions_in(self, precision: Precision) -> dict[str, AttentionScales]:
         """Return the attentions of one precision."""
@@ -101,12 +106,13 @@ def passes_for(
             LowerLinearPass(),
             common.RemoveUnusedNodesPass(),  # the transposes: a layer is what alone uses its weight
             LowerRotationPass(),
+            LowerUpsampledConvolutionPass(),
             LowerUpsamplingPass(),
             QuantiseLayersPass(eight_bit.layers, IntegerInputs.UNSIGNED),
             QuantiseAttentionPass(eight_bit.attentions_in(Precision.FP8)),
             LowerIntegerAttentionPass(eight_bit.attentions_in(Precision.INT8)),
             LowerFloat8Pass(),
-            LowerIntegerLinearPass(),
+            LowerIntegerLinearPass(eight_bit.layers_in(ir.DataType.INT8)),
             common.CommonSubexpressionEliminationPass(),
             common.RemoveUnusedNodesPass(),
             common.RemoveUnusedOpsetsPass(),

@@ -139,8 +139,10 @@ class StageCompiler:
         layers = {layer: _quantised(layer, plan, weights) for layer in plan.layers if f"{layer}.weight" in own}
         attentions = {name: scales for name, scales in plan.attentions.items() if name.startswith(prefixes)}
         names = tuple(name for name in self.attentions.get(stage.origin, ()) if name.startswith(prefixes))
-        # The inputs of a later part are called otherwise; the whole stage's graph has shown what they are.
-        return lower(model, self.target, EightBit(layers, attentions), PluginAttentions(names, set(stage.aliases)))
+        # The inputs of a later part are called otherwise, and those of a view may be what another view makes: the whole
+        # stage's graph has shown what they are.
+        trusted = {*stage.aliases, *(stage.inputs if stage.weights_of else ())}
+        return lower(model, self.target, EightBit(layers, attentions), PluginAttentions(names, trusted))
 
     def _trace(self, stage: Stage, precision: Precision) -> tuple[Trace, ...]:
         traces = []

@@ -147,6 +147,14 @@ def check_integer_attention(recipe: Recipe, target: Target) -> None:
             expected="--attention fp8, or none",
             fix="leave --attention out, or use fp8 where the architecture has it",
         )
+    base = recipe.base("dit") if "dit" in recipe.precision else Precision.FP32
+    if base is not Precision.FP32:
+        raise RequestError(
+            f"attention in int8 reads and makes fp32, and the rest of dit is in {base.value}.",
+            received=f"--attention int8 and dit={base.value}",
+            expected="dit in fp32, or in 8 bits with fp32 beside them",
+            fix="use --precision dit=fp32, or leave --attention int8 out",
+        )
     if recipe.batch > 1 or recipe.sparse_attention is not None:
         received = f"--batch {recipe.batch}" if recipe.batch > 1 else "--sparse-attention"
         raise RequestError(

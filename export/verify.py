@@ -90,14 +90,17 @@ def measure_stages(folder: Path, manifest: Manifest, stages: Sequence[Stage]) ->
 
 
 def measure_parity(folder: Path, manifest: Manifest, stages: Sequence[Stage]) -> Manifest:
-    """Return the manifest with each stage's measured difference.
+    """Return the manifest with each stage's measured difference; of a quantised stage there is none.
 
     Raises:
         VerificationError: If one is outside its tolerance.
     """
     measured = {parity.stage: parity for parity in measure_stages(folder, manifest, stages)}
     require_within(list(measured.values()))
-    entries = tuple(replace(entry, parity=measured[entry.name].difference) for entry in manifest.stages)
+    entries = tuple(
+        replace(entry, parity=measured[entry.name].difference) if entry.name in measured else entry
+        for entry in manifest.stages
+    )
     return replace(manifest, stages=entries)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from reelforge.export.passes.editing import permutation_of
 from reelforge.export.portable import DOMAIN, KEY_LENGTHS_OP
 from reelforge.export.portable_sparse import BLOCK_SPARSE_OP
 
@@ -110,7 +111,7 @@ def match_attention(node: ir.Node, trusted_tables: Collection[str] = ()) -> Atte
         for table, number in zip(q_tables, (1.0, 0.0), strict=True):
             _check_text_rows(table, number, trusted_tables)
     result = _only_use(node.outputs[0], "Transpose")
-    if list(result.attributes["perm"].as_ints()) != BY_HEAD:
+    if permutation_of(result) != BY_HEAD:
         raise UnmatchedError("its result is not put back in the order of tokens")
     others = tuple(operand for operand in node.inputs[3:] if operand is not None)
     return AttentionParts(queries, keys, _transposed(value, "v"), q_eps, (q_tables[0], q_tables[1]), others, result)
@@ -151,7 +152,7 @@ def _made_by(value: ir.Value, operators: Sequence[str], what: str) -> ir.Node:
 def _transposed(value: ir.Value, name: str) -> ir.Value:
     """Return [B, S, h, d] behind [B, h, S, d]."""
     node = _made_by(value, ["Transpose"], f"{name} by head")
-    if list(node.attributes["perm"].as_ints()) != BY_HEAD:
+    if permutation_of(node) != BY_HEAD:
         raise UnmatchedError(f"{name} is transposed from another order than batch, tokens, heads, channels")
     return _input(node, 0)
 
@@ -179,9 +180,17 @@ def rotation_of(value: ir.Value, name: str) -> tuple[ir.Value, ir.Value, ir.Valu
         raise UnmatchedError(f"the halves of {name} are not the two of one split")
     if split.attributes["axis"].as_int() not in (-1, 3):
         raise UnmatchedError(f"{name} is split along another axis than its channels")
-    tables = (_made_by(table, ["Unsqueeze"], f"a table that rotates {name}") for table in (cos, sin))
-    table_cos, table_sin = (_input(table, 0) for table in tables)
-    return _input(split, 0), table_cos, table_sin
+    return _input(split, 0), _table(cos, name), _table(sin, name)
+
+
+def _table(broadcast: ir.Value, name: str) -> ir.Value:
+    """Return the table [S, d / 2] that is broadcast over heads as [S, 1, d / 2]."""
+    node = _made_by(broadcast, ["Unsqueeze"], f"a table that rotates {name}")
+    table, axes = _input(node, 0), ir.convenience.get_const_tensor(_input(node, 1))
+    per_token = axes is not None and axes.numpy().reshape(-1).tolist() == [1]
+    if not per_token or (table.shape is not None and len(table.shape) != 2):
+        raise UnmatchedError(f"a table that rotates {name} is not one of tokens, the same for all heads")
+    return table
 
 
 def _streams(value: ir.Value, name: str) -> tuple[tuple[Stream, ...], float]:

@@ -104,6 +104,12 @@ def replace_output(graph: ir.Graph, node: ir.Node, result: ir.Value) -> None:
     graph.remove(node, safe=True)
 
 
+def permutation_of(transpose: ir.Node) -> list[int] | None:
+    """Return what a ``Transpose`` does to axes; None where it says nothing, which reverses them, however many."""
+    stated = transpose.attributes.get("perm")
+    return None if stated is None else list(stated.as_ints())
+
+
 def output_type(kind: ir.TypeProtocol | None) -> dict[str, int]:
     """Return the attribute of ``DequantizeLinear`` with fp32 scales that makes its output of ``kind``."""
     if kind is None or kind.dtype == ir.DataType.FLOAT:

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, PreconditionError
 
-from reelforge.export.passes.editing import GraphEditor
+from reelforge.export.passes.editing import GraphEditor, permutation_of
 from reelforge.export.passes.layers import attention_nodes
 from reelforge.export.passes.lower_integer_linear import CONTRIB_DOMAIN, INTEGER_PRODUCT
 from reelforge.export.passes.quantise_attention import AttentionScales
@@ -183,7 +183,7 @@ def _codes(editor: GraphEditor, operand: ir.Value, scale: float, kind: ir.Tensor
     tokens_first = operand
     if producer is not None and producer.op_type == "Transpose":
         source = producer.inputs[0]
-        if source is not None and list(producer.attributes["perm"].as_ints()) == _BY_HEAD:
+        if source is not None and permutation_of(producer) == _BY_HEAD:
             tokens_first = source
     zero = ZERO_POINT if kind is _UINT8 else 0
     pair = [
@@ -199,4 +199,4 @@ def _restored(node: ir.Node) -> ir.Node | None:
     uses = list(node.outputs[0].uses())
     if len(uses) != 1 or node.outputs[0].is_graph_output() or uses[0].node.op_type != "Transpose":
         return None
-    return uses[0].node if list(uses[0].node.attributes["perm"].as_ints()) == _BY_HEAD else None
+    return uses[0].node if permutation_of(uses[0].node) == _BY_HEAD else None

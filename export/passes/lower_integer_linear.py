@@ -12,11 +12,12 @@ stays as it was carries its reason in ``refused``. The pass does not know how co
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import PassResult
+from onnx_ir.passes import PassResult, PostconditionError
 
 from reelforge.export.passes.editing import GraphEditor, replace_output
 from reelforge.export.passes.layers import stored_value
@@ -27,9 +28,17 @@ INTEGER_PRODUCT = "MatMulIntegerToFloat"
 
 
 class LowerIntegerLinearPass(LoweringPass["_Quantised"]):
-    """Replace every ``Gemm`` of dequantised uint8 rows and int8 stored weights."""
+    """Replace every ``Gemm`` of dequantised uint8 rows and int8 stored weights.
+
+    Args:
+        layers: Names of those that must not stay: what was asked to be in INT8.
+    """
 
     left = "is still a product of dequantised codes"
+
+    def __init__(self, layers: Collection[str] = ()) -> None:
+        super().__init__()
+        self.layers = layers
 
     def concerns(self, node: ir.Node) -> bool:
         """See :class:`LoweringPass`."""
@@ -49,6 +58,14 @@ class LowerIntegerLinearPass(LoweringPass["_Quantised"]):
         if result.modified:
             model.opset_imports[CONTRIB_DOMAIN] = 1
         return result
+
+    def ensures(self, model: ir.Model) -> None:
+        """No product is left that could be lowered, and none of the layers at all."""
+        super().ensures(model)
+        for node in model.graph:
+            name = node.name or ""
+            if self.concerns(node) and name in self.layers:
+                raise PostconditionError(f"{name} {self.left}: {self.refused.get(name, 'it was not seen')}")
 
 
 @dataclass(frozen=True)
@@ -82,10 +99,14 @@ def _quantised(gemm: ir.Node) -> _Quantised | str:
     transposed = gemm.attributes.get("transB")
     if transposed is None or transposed.as_int() != 1 or set(gemm.attributes) & {"alpha", "beta", "transA"}:
         return "it is more than rows times a transposed weight"
+    if gemm.outputs[0].dtype != ir.DataType.FLOAT:
+        return "it is not computed in fp32"
     codes, scale = weight.inputs[0], weight.inputs[1]
     if codes is None or scale is None or codes.dtype != ir.DataType.INT8 or not codes.is_initializer():
         return "the weight is not stored in int8"
-    if codes.shape is None or scale.shape is None or list(scale.shape) != list(codes.shape)[:1]:
+    axis = weight.attributes.get("axis")  # without one it is the last axis
+    per_row = axis is not None and axis.as_int() == 0
+    if not per_row or codes.shape is None or scale.shape is None or list(scale.shape) != list(codes.shape)[:1]:
         return "the weight has no scale per output channel"
     if not _is_zero(weight.inputs[2] if len(weight.inputs) > 2 else None):
         return "the weight has a zero point"

@@ -45,7 +45,7 @@ class QuantiseAttentionPass(InPlacePass):
     """Insert the Q/DQ pairs of the inputs of ``attentions``.
 
     Args:
-        attentions: Scales by the attention's name; every one must be in the graph.
+        attentions: Scales for FP8 by the attention's name; every one must be in the graph.
     """
 
     def __init__(self, attentions: Mapping[str, AttentionScales]) -> None:
@@ -53,7 +53,10 @@ class QuantiseAttentionPass(InPlacePass):
         self.attentions = attentions
 
     def requires(self, model: ir.Model) -> None:
-        """Every attention to quantise is in the graph."""
+        """Every attention to quantise is in the graph, and its scales are for FP8."""
+        others = sorted(name for name, scales in self.attentions.items() if scales.precision is not Precision.FP8)
+        if others:
+            raise PreconditionError(f"the scales of {', '.join(others[:5])} are for other codes than FP8's")
         missing = sorted(set(self.attentions) - set(attention_nodes(model.graph)))
         if missing:
             raise PreconditionError(f"{model.graph.name} has no attentions {', '.join(missing[:5])}")

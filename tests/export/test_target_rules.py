@@ -98,6 +98,8 @@ INTEGER = Recipe({"dit": INT8}, attention=INT8)
 def test_attention_in_int8_is_the_cpu_s() -> None:
     check_bases(INTEGER, Target.parse("cpu"))
     check_bases(Recipe({"dit": FP32}, attention=INT8), Target.parse("cpu"))
+    check_bases(Recipe({"dit": FP8, "vae_decoder": FP16}, attention=INT8), Target.parse("cpu"))
+    check_bases(Recipe({"llm": FP16}, attention=INT8), Target.parse("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -107,6 +109,13 @@ def test_attention_in_int8_is_the_cpu_s() -> None:
         ("rtx:sm89", INTEGER, "rtx:sm89 has no attention in int8: compilers for GPUs refuse it", "use fp8"),
         ("trt:sm90", INTEGER, "plugins have their own", "use fp8"),
         ("cpu", replace(INTEGER, batch=2), "sees every key", "leave --attention int8 or --batch out"),
+        ("cpu", Recipe({"dit": FP16}, attention=INT8), "the rest of dit is in fp16", "use --precision dit=fp32"),
+        (
+            "cpu",
+            replace(INTEGER, high_precision=FP16),
+            "attention in int8 reads and makes fp32",
+            "leave --attention int8 out",
+        ),
         (
             "cpu",
             replace(INTEGER, sparse_attention=SparseAttention(SparseKind.LISTS)),

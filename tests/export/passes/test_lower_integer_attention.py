@@ -25,15 +25,21 @@ BY_HEAD = [0, 2, 1, 3]
 Arrays = dict[str, NDArray[np.float32]]
 
 
-def attention_model(*, by_head: bool = False, mask: bool = False, **attributes: object) -> ir.Model:
-    """Attention over ``q``, ``k``, ``v``: [1, S, h, d] with transposes around it, or [1, h, S, d] without."""
+def attention_model(
+    *, by_head: bool = False, mask: bool = False, batch: int = 1, dtype: int = TensorProto.FLOAT, **attributes: object
+) -> ir.Model:
+    """Attention over ``q``, ``k``, ``v``: [B, S, h, d] with transposes around it, or [B, h, S, d] without.
+
+    Queries have a number of tokens of their own.
+    """
     node = helper.make_node
     extra = ["mask"] if mask else []
     if by_head:
-        shape: list[int | str] = [1, HEADS, "tokens", WIDTH]
+        shape: list[int | str] = [batch, HEADS, "tokens", WIDTH]
+        queries: list[int | str] = [batch, HEADS, "queries", WIDTH]
         nodes = [node("Attention", ["q", "k", "v", *extra], ["y"], "b.Attention", **attributes)]
     else:
-        shape = [1, "tokens", HEADS, WIDTH]
+        shape, queries = [batch, "tokens", HEADS, WIDTH], [batch, "queries", HEADS, WIDTH]
         nodes = [
             *(node("Transpose", [name], [f"{name}t"], f"b.{name}t", perm=BY_HEAD) for name in "qkv"),
             node("Attention", ["qt", "kt", "vt", *extra], ["yt"], "b.Attention", **attributes),
@@ -44,18 +50,19 @@ def attention_model(*, by_head: bool = False, mask: bool = False, **attributes: 
     graph = helper.make_graph(
         nodes,
         "attention",
-        [info(name, TensorProto.FLOAT, shape) for name in "qkv"],
-        [info("y", TensorProto.FLOAT, shape)],
+        [info("q", dtype, queries), info("k", dtype, shape), info("v", dtype, shape)],
+        [info("y", dtype, queries)],
         tensors,
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
     return ir.from_proto(onnx.shape_inference.infer_shapes(model))
 
 
-def operands(tokens: int, spread: float = 1.0) -> Arrays:
-    """[1, S, h, d]; ``spread`` of the queries makes attention flat or sharp."""
+def operands(tokens: int, spread: float = 1.0, batch: int = 1, queries: int | None = None) -> Arrays:
+    """[B, S, h, d]; ``spread`` of the queries makes attention flat or sharp."""
     rng = np.random.default_rng(tokens)
-    made = {name: rng.standard_normal((1, tokens, HEADS, WIDTH)).astype(np.float32) for name in "qkv"}
+    count = {"q": tokens if queries is None else queries, "k": tokens, "v": tokens}
+    made = {name: rng.standard_normal((batch, count[name], HEADS, WIDTH)).astype(np.float32) for name in "qkv"}
     made["q"] *= np.float32(spread)
     return made
 
@@ -65,8 +72,8 @@ def scales_of(arrays: Arrays) -> AttentionScales:
     return AttentionScales(q, k, v, Precision.INT8)
 
 
-def lowered(scales: AttentionScales, **options: bool) -> ir.Model:
-    model = attention_model(**options)
+def lowered(scales: AttentionScales, *, by_head: bool = False, batch: int = 1) -> ir.Model:
+    model = attention_model(by_head=by_head, batch=batch)
     return lower(model, Target(Backend.CPU), EightBit(attentions={NAME: scales}))
 
 
@@ -112,11 +119,49 @@ def test_computes_what_the_codes_say(tokens: int, spread: float) -> None:
     row's largest probability times the largest value. Few do; on the average nothing is left but fp32's rounding.
     """
     arrays = operands(tokens, spread)
-    scales = scales_of(arrays)
-    received, expected = run(lowered(scales), arrays), through_codes(arrays, scales)
+    check_codes(arrays, scales_of(arrays))
+
+
+def check_codes(arrays: Arrays, scales: AttentionScales) -> None:
+    received, expected = run(lowered(scales, batch=len(arrays["q"])), arrays), through_codes(arrays, scales)
     error = np.abs(received - expected)
     assert error.max() <= np.abs(arrays["v"]).max() * 2 / 255
     assert error.mean() <= 2e-5
+
+
+@pytest.mark.parametrize(("queries", "tokens"), [(1, 300), (ROWS + 1, 1), (ROWS, 7)])
+def test_other_numbers_of_queries_than_keys(queries: int, tokens: int) -> None:
+    arrays = operands(tokens, queries=queries)
+    check_codes(arrays, scales_of(arrays))
+
+
+def test_videos_do_not_see_each_other() -> None:
+    """Two per call, in several blocks: each as alone."""
+    arrays = operands(ROWS + 3, batch=2)
+    scales = scales_of(arrays)
+    check_codes(arrays, scales)
+    both = run(lowered(scales, batch=2), arrays)
+    for index in range(2):
+        alone = {name: array[index : index + 1] for name, array in arrays.items()}
+        np.testing.assert_array_equal(both[index : index + 1], run(lowered(scales), alone))
+
+
+def test_what_calibration_has_not_seen_saturates() -> None:
+    """Codes end at -128 and 127: nothing wraps around, in the queries' offset codes either."""
+    arrays = operands(ROWS + 9, spread=3.0)
+    seen = scales_of(arrays)
+    check_codes(arrays, AttentionScales(seen.query / 4, seen.key / 3, seen.value / 2, Precision.INT8))
+
+
+def test_rows_of_zeros() -> None:
+    """Nothing to choose by: every value counts the same; and values of zero are a result of zero."""
+    arrays = operands(150)
+    scales = scales_of(arrays)
+    flat = {**arrays, "q": np.zeros_like(arrays["q"])}
+    mean = through_codes(flat, scales)
+    np.testing.assert_allclose(mean, np.broadcast_to(arrays["v"].mean(axis=1, keepdims=True), mean.shape), atol=0.01)
+    np.testing.assert_allclose(run(lowered(scales), flat), mean, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(run(lowered(scales), {**arrays, "v": np.zeros_like(arrays["v"])}), 0)
 
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 8.0])
@@ -180,12 +225,25 @@ def test_the_graph_is_valid_and_its_products_are_integer(tmp_path: Path) -> None
         ({"mask": True}, "it has a mask"),
         ({"is_causal": 1}, "it is causal"),
         ({"softcap": 3.0}, "its logits are capped"),
+        ({"dtype": TensorProto.FLOAT16}, "an operand is not fp32"),
     ],
 )
 def test_refuses_other_attention(options: dict[str, object], reason: str) -> None:
     model = attention_model(**options)  # type: ignore[arg-type]
     with pytest.raises(PreconditionError, match=rf"b\.attention cannot be computed in integers: {reason}"):
         LowerIntegerAttentionPass({NAME: AttentionScales(1, 1, 1, Precision.INT8)})(model)
+
+
+def test_a_transpose_without_a_permutation_is_another_one() -> None:
+    """It reverses all axes."""
+    model = attention_model()
+    turned = next(node for node in model.graph if node.name == "b.qt")
+    turned.attributes.pop("perm")
+    LowerIntegerAttentionPass({NAME: AttentionScales(1, 1, 1, Precision.INT8)})(model)
+    read = {
+        value.name for node in model.graph if node.op_type == "QuantizeLinear" for value in node.inputs[:1] if value
+    }
+    assert read == {"qt", "k", "v"}, "k and v are quantised before their transposes, q behind its own"
 
 
 def test_attentions_that_are_not_there() -> None:
@@ -196,6 +254,14 @@ def test_attentions_that_are_not_there() -> None:
 def test_an_attention_that_is_left_is_noticed() -> None:
     with pytest.raises(PostconditionError, match="still computed in high precision"):
         LowerIntegerAttentionPass({NAME: AttentionScales(1, 1, 1, Precision.INT8)}).ensures(attention_model())
+
+
+def test_scales_for_int8_are_not_taken_for_fp8() -> None:
+    """Where nothing lowers them: a target without attention in integers would compute with wrong scales."""
+    for target in ("cuda", "rtx:sm89", "trt:sm90"):
+        eight_bit = EightBit(attentions={NAME: AttentionScales(0.1, 0.1, 0.1, Precision.INT8)})
+        with pytest.raises(PreconditionError, match=r"scales of b\.attention are for other codes than FP8's"):
+            lower(attention_model(), Target.parse(target), eight_bit)
 
 
 def test_attention_in_fp8_stays_attention() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -147,6 +148,63 @@ def test_other_codes(kind: str, reason: str) -> None:
     step = LowerIntegerLinearPass()
     step(model)
     assert reason in step.refused["fc"]
+
+
+def quantised_gemm(dtype: str = "float32", axis: int | None = 0) -> ir.Model:
+    """A square layer as :class:`QuantiseLayersPass` leaves it: the type of what is dequantised, the weight's axis."""
+    node, kind = helper.make_node, getattr(TensorProto, {"float32": "FLOAT", "float16": "FLOAT16"}[dtype])
+    output: dict[str, Any] = {} if dtype == "float32" else {"output_dtype": kind}
+    weight = output if axis is None else {**output, "axis": axis}
+    tensors = {
+        "scale": np.float32(SCALE),
+        "zero": np.uint8(128),
+        "codes": np.arange(IN * IN, dtype=np.int8).reshape(IN, IN),
+        "scales": np.linspace(0.01, 0.5, IN, dtype=np.float32),
+    }
+    nodes = [
+        node("QuantizeLinear", ["x", "scale", "zero"], ["c"], "q"),
+        node("DequantizeLinear", ["c", "scale", "zero"], ["d"], "d", **output),
+        node("DequantizeLinear", ["codes", "scales"], ["w"], "w", **weight),
+        node("Gemm", ["d", "w"], ["fc.y"], "fc", transB=1),
+    ]
+    info = helper.make_tensor_value_info
+    x, y = info("x", TensorProto.FLOAT, ["rows", IN]), info("fc.y", kind, ["rows", IN])
+    stored = [numpy_helper.from_array(np.asarray(values), name) for name, values in tensors.items()]
+    graph = helper.make_graph(nodes, "quantised", [x], [y], stored)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+    return ir.from_proto(onnx.shape_inference.infer_shapes(model))
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (quantised_gemm("float16"), "it is not computed in fp32"),
+        (quantised_gemm(axis=1), "the weight has no scale per output channel"),
+        (quantised_gemm(axis=None), "the weight has no scale per output channel"),
+    ],
+)
+def test_numbers_that_the_product_would_not_have(model: ir.Model, reason: str) -> None:
+    """It makes fp32, and takes one scale for each of the weight's rows: of a square one a scale per column fits too."""
+    before = operators(model)
+    step = LowerIntegerLinearPass()
+    assert not step(model).modified
+    assert operators(model) == before
+    assert step.refused == {"fc": reason}
+
+
+def test_a_square_weight_with_scales_per_row() -> None:
+    model = quantised_gemm()
+    x = random_array(8, 3, IN)
+    wanted = run(graph_bytes(model), x)["fc.y"]
+    assert LowerIntegerLinearPass({"fc"})(model).modified
+    np.testing.assert_allclose(run(graph_bytes(model), x)["fc.y"], wanted, rtol=1e-6, atol=1e-5)
+
+
+def test_a_layer_that_should_be_in_integers_and_is_not_fails_the_build() -> None:
+    """It would have the right numbers, and be slower than in fp32, without a word."""
+    with pytest.raises(PostconditionError, match="fc is still a product of dequantised codes: it is not computed in"):
+        LowerIntegerLinearPass({"fc"})(quantised_gemm("float16"))
+    LowerIntegerLinearPass({"other"})(quantised_gemm("float16"))
 
 
 def test_a_product_that_is_left_is_noticed() -> None:

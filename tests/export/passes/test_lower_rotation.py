@@ -18,8 +18,18 @@ from reelforge.runtime.recipe import Backend, Target
 HEADS, WIDTH = 3, 8
 
 
-def rotation_model(tokens: int | str, batch: int = 1, sign: str = "Sub") -> ir.Model:
-    """``x`` rotated by the tables ``cos`` and ``sin``, as a transformer block is captured."""
+def rotation_model(
+    tokens: int | str, batch: int = 1, sign: str = "Sub", axis: int = 1, table: tuple[int | str, ...] | None = None
+) -> ir.Model:
+    """``x`` rotated by the tables ``cos`` and ``sin``, as a transformer block is captured.
+
+    Args:
+        tokens: Of ``x``.
+        batch: Of ``x``.
+        sign: Between the products of the first half.
+        axis: Along which tables are repeated.
+        table: Their shape; as many rows as tokens by default.
+    """
     node = helper.make_node
     nodes = [
         node("Unsqueeze", ["cos", "one"], ["c"], "b.c"),
@@ -36,10 +46,10 @@ def rotation_model(tokens: int | str, batch: int = 1, sign: str = "Sub") -> ir.M
     info = helper.make_tensor_value_info
     inputs = [
         info("x", TensorProto.FLOAT, [batch, tokens, HEADS, WIDTH]),
-        *(info(name, TensorProto.FLOAT, [tokens, WIDTH // 2]) for name in ("cos", "sin")),
+        *(info(name, TensorProto.FLOAT, table or [tokens, WIDTH // 2]) for name in ("cos", "sin")),
     ]
     outputs = [info("y", TensorProto.FLOAT, [batch, tokens, HEADS, WIDTH])]
-    graph = helper.make_graph(nodes, "rotation", inputs, outputs, [numpy_helper.from_array(np.array([1]), "one")])
+    graph = helper.make_graph(nodes, "rotation", inputs, outputs, [numpy_helper.from_array(np.array([axis]), "one")])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
     return ir.from_proto(onnx.shape_inference.infer_shapes(model))
 
@@ -75,6 +85,8 @@ def test_rotates_as_in_float64(tokens: int) -> None:
     [
         (rotation_model("tokens", batch=2), "is not one video's tokens"),
         (rotation_model("tokens", sign="Add"), "made by Add, not by Sub"),
+        (rotation_model(HEADS, axis=0), "is not one of tokens, the same for all heads"),
+        (rotation_model("tokens", table=(HEADS,)), "is not one of tokens, the same for all heads"),
     ],
 )
 def test_leaves_alone_what_is_another_thing(model: ir.Model, reason: str) -> None:
