@@ -62,6 +62,17 @@ def test_the_second_time_ends_at_once(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().err.count("Ctrl-C again ends at once") == 1
 
 
+def test_a_terminal_that_is_gone_does_not_keep_the_work_going(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_arguments: object, **_options: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("click.echo", gone)
+    stop = Stop()
+    with finishing_the_step(stop), pytest.raises(BrokenPipeError):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop.wanted
+
+
 def test_other_threads_hear_of_no_signals() -> None:
     def work() -> None:
         with finishing_the_step(Stop()):
