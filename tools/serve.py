@@ -23,8 +23,6 @@ from reelforge.tools.service.settings import KEYS_VARIABLE, ApiKey, Limits, Sett
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-ENDED_AT_ONCE = 9
-
 _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)(s|m|h|d)?")
 _UNIT_S = {None: 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 _DEFAULTS = Limits()
@@ -191,8 +189,6 @@ def serve(
         server.serve_until_drained()
     if server.failure is not None:
         raise server.failure
-    if server.ended_at_once:
-        sys.exit(ENDED_AT_ONCE)
 
 
 def _keys(path: Path | None) -> tuple[ApiKey, ...]:

@@ -35,8 +35,8 @@ TITLES = {
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Markdown file.")
 @sections.options(TITLES, "build/bench/service", "Folder for services' data and measured sections.")
 @click.option("--bundle", type=click.Path(path_type=Path, exists=True), help="Instead of building the demo's in fp32.")
-@click.option("--jobs", default=192, show_default=True, help="Videos of the section on load.")
-@click.option("--rounds", default=2, show_default=True, help="Of turns between loop and services.")
+@click.option("--jobs", default=128, show_default=True, help="Videos of each turn of the section on load.")
+@click.option("--rounds", default=3, show_default=True, help="Of turns between loop and services.")
 @click.option("--pip-audit", "auditor", help="The program, in an environment of its own.")
 def main(
     output: Path,

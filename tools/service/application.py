@@ -86,13 +86,14 @@ def create_application(
 
 
 def _add_state(application: FastAPI, service: Service) -> None:
+    # These two take no thread: they answer when all threads wait for a locked database, too.
     @application.get("/healthz", tags=["state"])
-    def alive() -> State:
+    async def alive() -> State:
         """Say that the process answers."""
         return State(status="alive")
 
     @application.get("/readyz", tags=["state"], responses={503: {"model": State}})
-    def ready(response: Response) -> State:
+    async def ready(response: Response) -> State:
         """Say whether jobs are accepted: not while the model is loaded, nor while the service drains."""
         if service.phase is not Phase.READY:
             response.status_code = 503

@@ -1,7 +1,7 @@
 """The one seam between jobs and what computes them.
 
 A backend knows bundles and devices; it knows neither HTTP nor the jobs' store. ``pool_backend`` is the one of this
-machine; a backend that hands jobs to other processes implements the same five methods.
+machine; a backend that hands jobs to other processes implements the same five methods and ``capacity``.
 """
 
 from __future__ import annotations

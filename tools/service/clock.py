@@ -6,7 +6,6 @@ and nothing is to be older than what came before it. The module knows nothing el
 
 from __future__ import annotations
 
-import threading
 import time
 
 
@@ -19,7 +18,6 @@ class Clock:
     """
 
     def __init__(self, at_least: float = 0.0) -> None:
-        self._lock = threading.Lock()
         self._base = max(time.time(), at_least) - time.monotonic()
 
     def now(self) -> float:

@@ -146,15 +146,6 @@ class Dispatcher:
         with self._changed:
             return len(self._running)
 
-    def position(self, job_id: str) -> int | None:
-        """Return how many jobs are to begin before this one; None if it does not wait."""
-        with self._changed:
-            ticket = self._tickets.get(job_id)
-            if ticket is None:
-                return None
-            order = self._queue.order()
-            return order.index(ticket) if ticket in order else None
-
     def retry_after_s(self) -> float:
         """Estimate when a place may be free."""
         return min(max(self._pace or 5.0, 1.0), 600.0)
@@ -196,15 +187,35 @@ class Dispatcher:
     # The dispatcher's thread
 
     def _dispatch(self) -> None:
-        while True:
-            with self._changed:
-                expired = self._expired()
-                if not self._claiming:
-                    return
-                if not expired and not self._claim():
-                    self._changed.wait(self._until_next_s())
-            for ticket in expired:
-                self._end(ticket.record.id, Outcome("failed", "deadline", "the deadline passed in the queue"), None)
+        try:
+            while self._dispatch_once():
+                pass
+        except BaseException as error:  # noqa: BLE001 - nobody is above this thread; without it no job begins
+            self._ended_badly("the dispatcher", error)
+
+    def _dispatch_once(self) -> bool:
+        with self._changed:
+            expired = self._expired()
+            if not self._claiming:
+                return False
+            if not expired and not self._claim():
+                self._changed.wait(self._until_next_s())
+        for ticket in expired:
+            self._end(ticket.record.id, Outcome("failed", "deadline", "the deadline passed in the queue"), None)
+        return True
+
+    def _ended_badly(self, what: str, error: BaseException) -> None:
+        """End the service, for a bug or a database that is damaged: it would go on, and look sound, without working.
+
+        While everything is being let go of that is no news: the next start finds whatever could not be written.
+        """
+        if self._abandoned.is_set():
+            _log.error("%s ended without its last word in the database: %s", what, error)
+            return
+        _log.error("%s ended with a bug, or the database is damaged", what, exc_info=error)
+        with self._changed:
+            self._claiming = False
+        self._lost(ReelforgeError(f"{what} could not go on: {type(error).__name__}.", fix="see the service's log"))
 
     def _claim(self) -> bool:
         """Hand the next job over, if there is one and a place for it."""
@@ -237,7 +248,9 @@ class Dispatcher:
         return over
 
     def _until_next_s(self) -> float:
-        ends = [ticket.until_s for ticket in self._queue] + [work.until_s for work in self._running.values()]
+        ends = [ticket.until_s for ticket in self._queue]
+        # Work that is to end already ends when its unit is done, and is not waited for here.
+        ends += [work.until_s for work in self._running.values() if work.reason is None]
         left = [end - time.monotonic() for end in ends if end is not None]
         return max(min(left, default=_LOOK_AGAIN_S), 0.01) if left else _LOOK_AGAIN_S
 
@@ -261,8 +274,8 @@ class Dispatcher:
             error = caught
         try:
             self._conclude(ticket, work, error, time.monotonic() - began_s)
-        except StoreBusyError:
-            _log.error("%s: its end could not be written; the next start finds it", record.id)
+        except BaseException as caught:  # noqa: BLE001 - nobody is above this thread
+            self._ended_badly(record.id, caught)
         finally:
             with self._changed:
                 self._running.pop(record.id, None)

@@ -14,6 +14,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from reelforge.runtime.events import Pixels
 
@@ -33,6 +34,26 @@ class Said:
     data: Data
 
 
+class Picture:
+    """A preview that becomes an event when somebody wants it: most are never looked at.
+
+    Args:
+        number: The event's.
+        step: After which the latents looked like this.
+        pixels: uint8 ``[H, W, 3]``.
+    """
+
+    def __init__(self, number: int, step: int, pixels: Pixels) -> None:
+        self.number = number
+        self._step, self._pixels = step, pixels
+
+    @cached_property
+    def said(self) -> Said:
+        """The event, made once for all listeners."""
+        image = "data:image/png;base64," + base64.b64encode(png(self._pixels)).decode("ascii")
+        return Said(self.number, "preview", {"step": self._step, "image": image})
+
+
 class Feed:
     """The events of one job. Any thread may use it."""
 
@@ -41,6 +62,7 @@ class Feed:
         self._lock = threading.Lock()
         self._number = 0
         self._kept: deque[Said] = deque(maxlen=KEPT)
+        self._picture: Picture | None = None
         self._progress = progress
         self._closed = False
         self._listeners: list[Listener] = []
@@ -55,24 +77,21 @@ class Feed:
         """Whether the job has ended."""
         return self._closed
 
-    @property
-    def wanted(self) -> bool:
-        """Whether anybody listens: pictures are not made for nobody."""
-        return bool(self._listeners)
-
     def tell_progress(self, data: Data) -> None:
         """Say where the job is."""
         with self._lock:
+            self._number += 1
             self._progress = data
-            self._say("progress", data)
+            self._kept.append(Said(self._number, "progress", data))
+            self._wake()
 
     def tell_preview(self, step: int, picture: Pixels) -> None:
         """Show what the latents look like, uint8 ``[T, H, W, 3]``: the frame in the middle. Older pictures go."""
-        image = "data:image/png;base64," + base64.b64encode(png(picture[len(picture) // 2])).decode("ascii")
+        shown = picture[len(picture) // 2].copy()  # not a view, which would keep all of them
         with self._lock:
-            for old in [said for said in self._kept if said.name == "preview"]:
-                self._kept.remove(old)
-            self._say("preview", {"step": step, "image": image})
+            self._number += 1
+            self._picture = Picture(self._number, step, shown)
+            self._wake()
 
     def close(self) -> None:
         """Say that nothing follows."""
@@ -83,7 +102,21 @@ class Feed:
     def after(self, number: int) -> list[Said]:
         """Return the events that came later, as far as they are kept."""
         with self._lock:
-            return [said for said in self._kept if said.number > number]
+            found, picture = [said for said in self._kept if said.number > number], self._picture
+        if picture is not None and picture.number > number:
+            found.append(picture.said)
+            found.sort(key=lambda said: said.number)
+        return found
+
+    def newest(self) -> tuple[list[Said], int]:
+        """Return what somebody new is told, and the number after which the rest follows.
+
+        That is the newest picture, if there is one, and the newest progress.
+        """
+        with self._lock:
+            progress, picture, number = self._progress, self._picture, self._number
+        said = Said(number, "progress", progress)
+        return ([said] if picture is None else [picture.said, said]), number
 
     def listen(self, listener: Listener) -> None:
         """Have ``listener`` called at every change, from any thread; it must only pass the word on."""
@@ -94,11 +127,6 @@ class Feed:
         """Undo :meth:`listen`."""
         with self._lock:
             self._listeners.remove(listener)
-
-    def _say(self, name: str, data: Data) -> None:
-        self._number += 1
-        self._kept.append(Said(self._number, name, data))
-        self._wake()
 
     def _wake(self) -> None:
         for listener in self._listeners:

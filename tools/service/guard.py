@@ -39,16 +39,21 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started = time.monotonic()
+        started, answered = time.monotonic(), False
+
+        def count(status: int) -> None:
+            labels = (_method(scope["method"]), str(status))
+            self._metrics.http_seconds.labels(*labels).observe(time.monotonic() - started)
 
         async def answer(message: Message) -> None:
+            nonlocal answered
             if message["type"] == "http.response.start":
+                answered = True
                 headers = MutableHeaders(scope=message)
                 headers.setdefault("X-Content-Type-Options", "nosniff")
                 if not _open(scope):
                     headers.setdefault("Cache-Control", "no-store")
-                labels = (_method(scope["method"]), str(message["status"]))
-                self._metrics.http_seconds.labels(*labels).observe(time.monotonic() - started)
+                count(message["status"])
             await send(message)
 
         try:
@@ -59,7 +64,12 @@ class Guard:
             return
         if body is None:
             return  # whoever asked is gone
-        await self._app(scope, _replayed(body, receive), answer)
+        try:
+            await self._app(scope, _replayed(body, receive), answer)
+        except Exception:
+            if not answered:  # the framework answers bugs further out
+                count(500)
+            raise
 
     def _caller(self, scope: Scope) -> str:
         if not self._settings.keys or _open(scope) or scope["method"] == "OPTIONS":

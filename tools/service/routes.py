@@ -60,13 +60,17 @@ _EVENT = {
 _COMMON = _errors(401, 408, 413, 422, 503)
 
 
-def service_of(request: Request) -> Service:
+# What waits for nothing is ``async``: everything else takes one of a limited number of threads, all of which may be
+# waiting for the database.
+
+
+async def service_of(request: Request) -> Service:
     """Return the application's service."""
     service: Service = request.app.state.service
     return service
 
 
-def caller_of(request: Request) -> str:
+async def caller_of(request: Request) -> str:
     """Return whose request this is."""
     caller: str = request.state.caller
     return caller
@@ -163,13 +167,14 @@ def get_events(
     last_event_id: Annotated[str | None, Header(alias="Last-Event-ID", max_length=100)] = None,
 ) -> StreamingResponse:
     """Follow a job: ``progress``, ``preview``, and at the end ``completed``, ``failed`` or ``cancelled``."""
-    service.get(caller, video_id)  # what is not there has an answer of its own; a stream that has begun has none
-    events = streams.event_stream(service, caller, video_id, last_event_id)
+    feed = service.feed(video_id)  # before the store is asked, so that no end can come in between
+    record = service.get(caller, video_id)  # what is not there has an answer; a stream that has begun has none
+    events = streams.event_stream(service, feed, record, last_event_id)
     return StreamingResponse(events, media_type=streams.MEDIA_TYPE, headers=streams.HEADERS)
 
 
 @open_router.get("/limits", responses=_errors(408, 413, 503))
-def get_limits(service: TheService) -> LimitsAnswer:
+async def get_limits(service: TheService) -> LimitsAnswer:
     """Return what requests may ask for. No key is needed."""
     return service.limits()
 

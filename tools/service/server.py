@@ -6,6 +6,7 @@ The module knows no job.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import threading
@@ -19,6 +20,7 @@ from reelforge.tools.service.service import Service
 
 _log = logging.getLogger(__name__)
 
+ENDED_AT_ONCE = 9
 _CONNECTIONS_S = 5  # for open connections, when everything has ended
 
 
@@ -27,7 +29,6 @@ class Server(uvicorn.Server):
 
     Attributes:
         failure: Why nothing can be computed, if that is the reason for the end.
-        ended_at_once: Whether a second signal came.
 
     Args:
         application: From ``create_application``.
@@ -51,7 +52,6 @@ class Server(uvicorn.Server):
         )
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
         self.failure: ReelforgeError | None = None
-        self.ended_at_once = False
         self._listening = listening
         self._service: Service = application.state.service
         self._service.on_failure = self._failed
@@ -68,22 +68,27 @@ class Server(uvicorn.Server):
         shown = f"[{address}]" if ":" in address else address
         _log.info("serving %s at http://%s:%d", self._service.settings.bundle.name, shown, port)
         self.run(sockets=[self._listening])
-        _log.info("ended%s", " at once" if self.ended_at_once else "")
+        _log.info("ended")
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's names
-        """Drain at the first signal, end at the second."""
+        """Drain at the first signal; end the process at the second, with exit code 9."""
         if self._drains is not None:
-            self.ended_at_once = self.should_exit = self.force_exit = True
-            return
+            # Not an orderly end of any kind: those wait for the pipelines to end their units of work.
+            _log.info("ended at once")
+            logging.shutdown()
+            os._exit(ENDED_AT_ONCE)
         # A second signal may come while this is handled: the thread is known before anything else is done.
         self._drains = threading.Thread(target=self._drain, args=(sig,), name="reelforge-drain", daemon=True)
         self._drains.start()
 
     def _drain(self, sig: int) -> None:
         _log.info("%s: draining; a second signal ends at once", signal.Signals(sig).name)
-        finished = self._service.drain()
-        _log.info("drained: %s", "all jobs that ran are finished" if finished else "unfinished jobs are queued again")
-        self.should_exit = True
+        try:
+            finished = self._service.drain()
+            told = "all jobs that ran are finished" if finished else "unfinished jobs are queued again"
+            _log.info("drained: %s", told)
+        finally:
+            self.should_exit = True
 
     def _failed(self, error: ReelforgeError) -> None:
         self.failure = error

@@ -120,12 +120,8 @@ class Service:
         self.feeds.wake_all()  # streams of jobs that go on another time end here
         return finished
 
-    def close(self, at_once: bool = False) -> None:
-        """End everything; what runs goes back to the queue. Closing twice is harmless.
-
-        Args:
-            at_once: Do not wait for the units of work under way: the next start finds their jobs.
-        """
+    def close(self) -> None:
+        """End everything; what runs goes back to the queue. Closing twice is harmless."""
         with self._lock:
             if self._phase in (Phase.NEW, Phase.CLOSED):
                 return
@@ -134,11 +130,10 @@ class Service:
         self.feeds.wake_all()
         self._sweeper.stop()
         self._dispatcher.drain(0.0)
-        if not at_once:
-            self._dispatcher.wait_until_idle(_UNIT_OF_WORK_S)
-            self._loader.join(_UNIT_OF_WORK_S)
-            if not self._loader.is_alive():  # what is still being opened ends with the process
-                self._backend.close(0.0)
+        self._dispatcher.wait_until_idle(_UNIT_OF_WORK_S)
+        self._loader.join(_UNIT_OF_WORK_S)
+        if not self._loader.is_alive():  # what is still being opened ends with the process
+            self._backend.close(0.0)
         self._dispatcher.close()
         self._store.close()
         self._videos.close()

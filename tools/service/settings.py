@@ -180,7 +180,7 @@ def keys_of_file(path: Path) -> tuple[ApiKey, ...]:
         ) from error
     found = []
     for number, line in enumerate(lines, 1):
-        words = line.partition("#")[0].split() if line.lstrip().startswith("#") else line.split()
+        words = [] if line.lstrip().startswith("#") else line.split()
         if words:
             found.append(_key(words, f"line {number} of {str(path)!r}"))
     if not found:

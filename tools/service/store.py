@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -323,11 +323,6 @@ class Store:
         with self._read() as database:
             newest = "SELECT max(max(created_at), max(ifnull(started_at, 0)), max(ifnull(finished_at, 0))) FROM jobs"
             return float(database.execute(newest).fetchone()[0] or 0.0)
-
-    def counts(self) -> Mapping[str, int]:
-        """Return how many jobs are in each state."""
-        with self._read() as database:
-            return dict(database.execute("SELECT status, count(*) FROM jobs GROUP BY status").fetchall())
 
     # Inside
 

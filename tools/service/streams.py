@@ -1,6 +1,7 @@
 """A job's events as a stream of server-sent events (WHATWG HTML, section 9.2).
 
-Whoever comes back with ``Last-Event-ID`` is told what came later, as far as it is kept, and in any case the newest.
+Whoever comes back with ``Last-Event-ID`` is told what came later, as far as it is kept, and in any case the newest;
+whoever is new, the newest picture and progress, and then what follows.
 The module knows one listener; what jobs say is in ``feeds``.
 """
 
@@ -12,10 +13,11 @@ from collections.abc import AsyncGenerator, Callable
 
 from starlette.concurrency import run_in_threadpool
 
-from reelforge.tools.service.feeds import Data, Feed
+from reelforge.tools.service.feeds import Data, Feed, Said
 from reelforge.tools.service.problems import ServiceError, StoreBusyError
 from reelforge.tools.service.schema import Job
 from reelforge.tools.service.service import Service
+from reelforge.tools.service.store import Record
 
 MEDIA_TYPE = "text/event-stream"
 _TOGETHER_S = 0.05
@@ -23,20 +25,18 @@ HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
 async def event_stream(
-    service: Service, caller: str, job_id: str, last_event_id: str | None
+    service: Service, feed: Feed | None, record: Record, last_event_id: str | None
 ) -> AsyncGenerator[bytes, None]:
     """Yield a job's events until it ends, or the service does.
 
     Args:
         service: Has the job.
-        caller: Whose it is.
-        job_id: One of his.
-        last_event_id: The last that he has seen.
+        feed: The job's, looked up before the store was asked for ``record``, so that no end can come in between.
+        record: The job.
+        last_event_id: The last event that its caller has seen.
     """
-    feed = service.feed(job_id)  # before the store is asked, so that no end can come in between
-    job = await _ask(service, caller, job_id)
-    if feed is None or job.progress.phase == job.status != "queued":
-        yield _final(job)
+    if feed is None or record.ended:
+        yield _final(await _ask(service, record))
         return
     news, loop = asyncio.Event(), asyncio.get_running_loop()
     listener = _listener(news, loop)
@@ -45,18 +45,17 @@ async def event_stream(
     try:
         after = _number(last_event_id, feed)
         if after is None:
-            # Pictures that were made before are not sent again to somebody new; the newest place is.
-            after = max((said.number for said in feed.after(0)), default=0)
-            yield message("progress", feed.progress, f"{feed.name}-{after}")
+            newest, after = feed.newest()
+            yield _messages(feed, newest)
         while True:
             news.clear()
             closed = feed.closed  # asked before the events, so that none can come in between
             batch = feed.after(after)
             if batch:
                 after = batch[-1].number
-                yield b"".join(message(said.name, said.data, f"{feed.name}-{said.number}") for said in batch)
+                yield _messages(feed, batch)
             if closed:
-                yield _final(await _ask(service, caller, job_id))
+                yield _final(await _ask(service, record))
                 return
             if service.stopping.is_set():
                 yield b": the service is shutting down; the job goes on when it is back\n\n"
@@ -82,15 +81,19 @@ def message(name: str, data: Data, identity: str | None = None) -> bytes:
     return "\n".join(lines).encode()
 
 
+def _messages(feed: Feed, batch: list[Said]) -> bytes:
+    return b"".join(message(said.name, said.data, f"{feed.name}-{said.number}") for said in batch)
+
+
 def _final(job: Job) -> bytes:
     return message(job.status, job.model_dump(mode="json"))
 
 
-async def _ask(service: Service, caller: str, job_id: str) -> Job:
+async def _ask(service: Service, record: Record) -> Job:
     """Return the job; a stream that has begun has no other answer than to wait while the database is locked."""
     for _ in range(10):
         try:
-            return service.shown(await run_in_threadpool(service.get, caller, job_id))
+            return service.shown(await run_in_threadpool(service.get, record.caller, record.id))
         except StoreBusyError:
             await asyncio.sleep(0.5)
     raise ServiceError(503, "busy", "the jobs' database does not answer")

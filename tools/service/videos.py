@@ -95,8 +95,9 @@ class Videos:
         """
         target = self.video(job_id)
         try:
+            _flush(unfinished)
             unfinished.replace(target)
-            _flush_folder(self._videos)
+            _flush(self._videos)
         except OSError as error:
             raise _unwritable(target, error) from error
 
@@ -126,8 +127,11 @@ class Videos:
             path.unlink(missing_ok=True)
 
     def free_bytes(self) -> int:
-        """Return the room that is left."""
-        return shutil.disk_usage(self.data).free
+        """Return the room that is left; none, if the folder cannot be asked."""
+        try:
+            return shutil.disk_usage(self.data).free
+        except OSError:
+            return 0
 
 
 def _checked(job_id: str) -> str:
@@ -137,8 +141,9 @@ def _checked(job_id: str) -> str:
     return job_id
 
 
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _flush(path: Path) -> None:
+    """Have a file or folder on the disk, whoever has written it."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

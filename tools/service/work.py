@@ -90,7 +90,7 @@ class Work:
         if self._feed is None:
             return
         self._feed.tell_progress(progress_of(event.phase, event.step, event.total, event.eta_s))
-        if event.preview is not None and self._feed.wanted:
+        if event.preview is not None:
             self._feed.tell_preview(event.step, event.preview)
 
     def _measure(self, event: Progress) -> None:

@@ -248,6 +248,18 @@ def test_a_backend_that_cannot_be_opened(serve: Serve, backend: FakeBackend) -> 
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
 
 
+def test_bugs_are_counted_too(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = serve()
+
+    def bug(*_: object) -> None:
+        raise RuntimeError("a bug with a secret in its text")
+
+    monkeypatch.setattr("reelforge.tools.service.service.Service.page", bug)
+    answer = client.get("/v1/videos")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal")
+    assert 'reelforge_http_seconds_count{method="GET",status="500"} 1.0' in client.get("/metrics").text
+
+
 def test_measurements(serve: Serve) -> None:
     client = serve()
     for _ in range(2):

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import threading
 from typing import Any
 
+import numpy as np
+import pytest
+from PIL import Image
+
+from reelforge.tools.service import feeds
 from tests.tools.service.conftest import Serve
 from tests.tools.service.fake_backend import WAIT_S, FakeBackend
 from tests.tools.service.process import ServiceProcess
@@ -47,6 +53,46 @@ def test_a_job_from_beginning_to_end(serve: Serve, backend: FakeBackend) -> None
     picture = base64.b64decode(pictures[-1].removeprefix("data:image/png;base64,"))
     assert picture.startswith(b"\x89PNG")
     assert "reelforge_event_listeners 0.0" in client.get("/metrics").text
+
+
+def test_somebody_new_sees_the_newest_picture_at_once(serve: Serve, backend: FakeBackend) -> None:
+    client = serve()
+    reached, released = threading.Event(), threading.Event()
+
+    def pause(_: str, step: int) -> None:
+        if step == 3:
+            reached.set()
+            assert released.wait(WAIT_S)
+
+    backend.on_step = pause
+    job_id = submit(client, steps=5)
+    assert reached.wait(WAIT_S)
+    found: list[str] = []
+    reader = threading.Thread(target=lambda: found.append(client.get(f"/v1/videos/{job_id}/events").text))
+    reader.start()
+    wait_until(lambda: "reelforge_event_listeners 1.0" in client.get("/metrics").text)
+    released.set()
+    reader.join(WAIT_S)
+    first, second, *_ = events = parsed(found[0])
+    assert (first["event"], first["data"]["step"]) == ("preview", 3)
+    picture = base64.b64decode(first["data"]["image"].removeprefix("data:image/png;base64,"))
+    assert Image.open(io.BytesIO(picture)).getpixel((0, 0)) == (80, 80, 80), "of step 3"
+    assert (second["event"], second["data"]["phase"], second["data"]["step"]) == ("progress", "sampling", 3)
+    numbers = [int(event["id"].rpartition("-")[2]) for event in events[1:-1]]
+    assert numbers == sorted(set(numbers)), "nothing is said twice"
+
+
+def test_pictures_that_nobody_looks_at_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(feeds, "png", lambda pixels: bytes(made.append(1) or 1))  # type: ignore[func-returns-value]
+    feed = feeds.Feed({"phase": "queued"})
+    for step in range(40):
+        feed.tell_preview(step, np.zeros((3, 6, 8, 3), np.uint8))
+    assert not made
+    newest, number = feed.newest()
+    assert [said.data["step"] for said in newest if said.name == "preview"] == [39]
+    assert ([said.number for said in feed.after(0)], number) == ([40], 40)
+    assert made == [1], "once for all who look"
 
 
 def test_an_ended_job_says_how(serve: Serve, backend: FakeBackend) -> None:

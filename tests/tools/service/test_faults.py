@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import sqlite3
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -87,9 +89,100 @@ def test_a_locked_database(serve: Serve, backend: FakeBackend, settings: Setting
     assert ended(client, job_id)["status"] == "completed", "its end was written when that was possible"
 
 
-def test_a_short_lock_is_waited_for(serve: Serve, settings: Settings) -> None:
-    import threading
+def test_a_locked_database_does_not_silence_the_service(serve: Serve, settings: Settings) -> None:
+    client = serve(busy_s=3.0)
+    other = sqlite3.connect(settings.data / "jobs.sqlite3", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    answers: list[int] = []
+    ask = lambda: answers.append(client.post("/v1/videos", json=SMALL).status_code)  # noqa: E731
+    callers = [threading.Thread(target=ask) for _ in range(48)]  # more than there are threads for requests
+    for caller in callers:
+        caller.start()
+    time.sleep(0.5)
+    began = time.monotonic()
+    for path in ("/healthz", "/readyz", "/v1/limits"):
+        assert client.get(path).status_code == 200
+    assert time.monotonic() - began < 1.5, "whoever asks whether the process is alive would end it"
+    assert not answers
+    other.execute("ROLLBACK")
+    other.close()
+    for caller in callers:
+        caller.join(WAIT_S)
+    assert set(answers) <= {202, 429, 503}
 
+
+def test_a_folder_that_cannot_be_asked_for_room(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    client = serve(least_free_bytes=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("reelforge.tools.service.videos.shutil.disk_usage", fails)
+        job_id = submit(client)
+        wait_until(lambda: "room" in client.get("/readyz").json()["detail"])
+        assert "reelforge_store_free_bytes 0.0" in client.get("/metrics").text
+    assert ended(client, job_id)["status"] == "completed"
+
+
+@pytest.mark.parametrize("where", ["complete", "capacity"])
+def test_a_bug_below_a_thread_ends_the_service(
+    serve: Serve, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def damaged(*_: object) -> bool:
+        raise sqlite3.DatabaseError("database disk image is malformed")
+
+    client = serve()
+    told: list[str] = []
+    service = client.app.state.service  # type: ignore[attr-defined]
+    service.on_failure = lambda error: told.append(str(error))
+    if where == "complete":
+        monkeypatch.setattr(Store, "complete", damaged)
+        submit(client)
+    else:
+        monkeypatch.setattr(FakeBackend, "capacity", property(damaged))
+        submit(client)
+    wait_until(lambda: told)
+    assert "could not go on: DatabaseError" in told[0]
+    wait_until(lambda: client.get("/readyz").json()["status"] == "failed")
+    assert client.post("/v1/videos", json=SMALL).status_code == 503
+
+
+def test_a_video_is_on_the_disk_before_it_is_published(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    videos, said, real = Videos(settings.data), [], os.fsync
+    job_id = "video_" + "a" * 32
+
+    def flush(handle: int) -> None:
+        said.append(Path(f"/proc/self/fd/{handle}").readlink().name)
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    output = videos.unfinished(job_id, 1)
+    output.write_bytes(b"whole")
+    videos.publish(job_id, output)
+    assert said == ["1.mp4", "videos"], "the file before it has its name, the folder afterwards"
+    videos.close()
+
+
+def test_a_job_past_its_deadline_is_not_asked_again_and_again(serve: Serve, backend: FakeBackend) -> None:
+    client = serve()
+    reached, released = threading.Event(), threading.Event()
+
+    def stuck(_: str, step: int) -> None:  # a unit of work that goes on for long after the deadline
+        reached.set()
+        assert released.wait(WAIT_S)
+
+    backend.on_step = stuck
+    job_id = submit(client, deadline_s=0.1)
+    assert reached.wait(WAIT_S)
+    dispatcher = client.app.state.service._dispatcher  # type: ignore[attr-defined]
+    time.sleep(0.3)
+    with dispatcher._changed:
+        assert dispatcher._until_next_s() == 1.0
+    released.set()
+    assert ended(client, job_id)["error"]["code"] == "deadline"
+
+
+def test_a_short_lock_is_waited_for(serve: Serve, settings: Settings) -> None:
     client = serve(busy_s=5.0)
     other = sqlite3.connect(settings.data / "jobs.sqlite3", isolation_level=None, check_same_thread=False)
     other.execute("BEGIN IMMEDIATE")
@@ -254,8 +347,6 @@ def test_a_bundle_that_is_damaged_while_it_is_served(
 def test_a_job_on_the_real_backend_is_cancelled_and_goes_on_elsewhere(
     fake_bundle: Path, settings: Settings, tmp_path: Path
 ) -> None:
-    import threading
-
     from reelforge.runtime import Request
     from reelforge.runtime.events import Progress
 

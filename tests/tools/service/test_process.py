@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import sqlite3
 import time
 from pathlib import Path
@@ -127,9 +128,60 @@ def test_a_second_signal_ends_at_once(process: ServiceProcess) -> None:
     assert process.wait() == 9
 
 
-def test_a_damaged_bundle_is_not_served(process: ServiceProcess, fake_bundle: Path, tmp_path: Path) -> None:
-    import shutil
+def test_a_second_signal_does_not_wait_for_a_unit_of_work(process: ServiceProcess) -> None:
+    process.before = (
+        "import time\n"
+        "from reelforge.runtime.events import Progress\n"
+        "from reelforge.tools.service.resuming import ResumingPipeline\n"
+        "def slow(self, request, **how):\n"
+        "    yield Progress('sampling', 1, 3)\n"
+        "    time.sleep(50)\n"
+        "ResumingPipeline.stream = slow\n"
+    )
+    process.start()
+    with process.client() as client:
+        job_id = post(client)
+        wait_until(lambda: client.get(f"/v1/videos/{job_id}").json()["status"] == "running")
+    began = time.monotonic()
+    process.terminate()
+    wait_for_log(process, "draining")
+    process.terminate()
+    assert process.wait() == 9
+    assert time.monotonic() - began < 20
 
+
+def test_without_a_pipeline_the_process_ends_and_its_jobs_wait(
+    process: ServiceProcess, fake_bundle: Path, tmp_path: Path
+) -> None:
+    whole = process.bundle
+    process.bundle = Path(shutil.copytree(fake_bundle, tmp_path / "copy.bundle"))
+    # A pipeline is given up after its first failed opening, not after minutes.
+    process.before = (
+        "from reelforge.runtime.scheduling.limits import FailurePolicy\n"
+        "FailurePolicy.__init__.__defaults__ = (1, 0.01, 0.01)\n"
+    )
+    process.options = ("--memory-budget", "least")
+    process.start()
+    with process.client() as client:
+        assert wait_for(client, post(client))["status"] == "completed"
+        graph = process.bundle / "dit.onnx"
+        graph.write_bytes(graph.read_bytes()[:-1])
+        failed = wait_for(client, post(client, seed=8))
+        assert failed["error"] == {"code": "bundle", "message": failed["error"]["message"]}  # type: ignore[index]
+        left = post(client, seed=9)
+    assert process.wait() == 8, process.log.read_text()
+    with sqlite3.connect(process.data / "jobs.sqlite3") as database:
+        assert dict(database.execute("SELECT status, count(*) FROM jobs GROUP BY status").fetchall()) == {
+            "completed": 1, "failed": 1, "queued": 1,
+        }  # fmt: skip
+    process.bundle = whole
+    process.start()
+    with process.client() as client:
+        job = wait_for(client, left)
+        assert (job["status"], job["attempts"]) == ("completed", 1)
+
+
+def test_a_damaged_bundle_is_not_served(process: ServiceProcess, fake_bundle: Path, tmp_path: Path) -> None:
     process.bundle = Path(shutil.copytree(fake_bundle, tmp_path / "damaged.bundle"))
     graph = process.bundle / "dit.onnx"
     graph.write_bytes(graph.read_bytes()[:-1])
