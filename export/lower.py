@@ -22,7 +22,6 @@ from reelforge.export.passes.lower_integer_linear import LowerIntegerLinearPass
 from reelforge.export.passes.lower_key_lengths import LowerKeyLengthsPass
 from reelforge.export.passes.lower_linear import LowerLinearPass
 from reelforge.export.passes.lower_rotation import LowerRotationPass
-from reelforge.export.passes.lower_upsampled_convolution import LowerUpsampledConvolutionPass
 from reelforge.export.passes.lower_upsampling import LowerUpsamplingPass
 from reelforge.export.passes.mask_key_lengths import MaskKeyLengthsPass
 from reelforge.export.passes.quantise_attention import AttentionScales, QuantiseAttentionPass
@@ -106,7 +105,6 @@ def passes_for(
             LowerLinearPass(),
             common.RemoveUnusedNodesPass(),  # the transposes: a layer is what alone uses its weight
             LowerRotationPass(),
-            LowerUpsampledConvolutionPass(),
             LowerUpsamplingPass(),
             QuantiseLayersPass(eight_bit.layers, IntegerInputs.UNSIGNED),
             QuantiseAttentionPass(eight_bit.attentions_in(Precision.FP8)),
