@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from reelforge.runtime.errors import RequestError
 from reelforge.runtime.manifest import Manifest, PlanEntry, StageEntry, TensorInfo
 from reelforge.runtime.recipe import Backend
+from reelforge.runtime.step_cache.settings import CHANGE_STAGE, INPUT_STAGE, PARTED_STAGES, REUSE_STAGE
 
-LOOP_STAGES = ("dit", "guidance", "step_change", "step_reuse")
+LOOP_STAGES = ("dit", "guidance", CHANGE_STAGE, REUSE_STAGE, INPUT_STAGE, *PARTED_STAGES)
 """Stages that exchange registers between steps, which have to be in one place (see ``runtime.registers``)."""
 
 EVERY_STAGE = "all"

@@ -15,6 +15,7 @@ from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.errors import BuildError, RequestError
 from reelforge.runtime.manifest import PlanEntry, ProfileEntry, StageEntry, TensorInfo
 from reelforge.runtime.recipe import Backend, Target
+from reelforge.runtime.step_cache.settings import PARTED_STAGES, Method, Reuse, StepCache
 from reelforge.tools import console
 from reelforge.tools.main import cli
 from reelforge.tools.triton import repository as module
@@ -77,13 +78,27 @@ def test_the_pipelines_model(repository: Path) -> None:
 def test_what_is_wanted_inside(whole_bundle: Path, tmp_path: Path) -> None:
     """The loop's stages stay together, and their files come with the pipeline."""
     done = export(whole_bundle, tmp_path / "models", inside=("dit",), instances=3, memory_budget="2GiB", name="hv")
-    assert set(done.layout.inside) == set(LOOP_STAGES)
+    assert set(done.layout.inside) == set(LOOP_STAGES) & set(CACHED)
     assert done.layout.reasons["guidance"] == "it works on what 'dit' leaves where it computes"
     configs = read_repository(tmp_path / "models")
     assert set(configs) == {"hv", *(f"hv_{stage}" for stage in CACHED if stage not in LOOP_STAGES)}
     assert configs["hv"].instance_group[0].count == 3
     assert configs["hv"].parameters["memory_budget"].string_value == "2GiB"
     assert (tmp_path / "models/hv/1/bundle/dit.onnx").samefile(whole_bundle / "dit.onnx")
+
+
+def test_everything_that_the_loop_calls_stays_together(bundle_copy: Path) -> None:
+    """For TensorRT, also head, body and tail, which have no tensor of rank 0 themselves; and whatever a cache asks."""
+    asked = {stage for method in Method for reuse in Reuse for stage in StepCache(method, 0.1, reuse=reuse).stages}
+    assert set(LOOP_STAGES) == {"dit", "guidance"} | asked
+    bundle = with_plans(Bundle.open(bundle_copy), Backend.TRT)
+    dit = bundle.stage("dit")
+    without = tuple(info for info in dit.inputs if info.shape)
+    plans = tuple(replace(plan, inputs=without) for plan in dit.plans)
+    parts = [replace(dit, name=name, inputs=without, plans=plans) for name in PARTED_STAGES]
+    layout = decide_layout(replace(bundle.manifest, stages=(*bundle.manifest.stages, *parts)))
+    assert set(PARTED_STAGES) <= set(layout.inside)
+    assert layout.reasons["dit_body"] == "it works on what 'dit' leaves where it computes"
 
 
 def test_copies_where_they_are_wanted_or_links_are_impossible(
