@@ -31,15 +31,18 @@ def schemathesis_section(bundle: Path, work: Path) -> list[str]:
     """Let schemathesis loose on a real service: all its phases, sequences of requests included."""
     process = ServiceProcess(bundle, work / "schemathesis", threads=None)
     process.environment = {"REELFORGE_API_KEYS": "bench=a-key-of-the-benchmark"}
-    process.start()
     path = work / "schemathesis.har"
+    process.start()
     command = [sys.executable, "-m", "schemathesis.cli", "run", f"{process.url}/openapi.json", "--no-color"]
     command += ["--checks", ",".join(_CHECKS), "--max-examples", str(EXAMPLES), "--max-time", str(LIMIT_S)]
     command += ["--header", "Authorization: Bearer a-key-of-the-benchmark", "--seed", "9", "--continue-on-failure"]
     command += ["--report", "har", "--report-har-path", str(path), "--request-timeout", "60"]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    process.terminate()
-    code = process.wait()
+    try:
+        finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        process.terminate()
+        code = process.wait()
+    finally:
+        process.stop()
     (work / "schemathesis.txt").write_text(finished.stdout + finished.stderr)
     entries = json.loads(path.read_text())["log"]["entries"]
     statuses = Counter(int(entry["response"]["status"]) for entry in entries)

@@ -24,25 +24,32 @@ ENDED = ("completed", "failed", "cancelled")
 DISK_MIB, LEFT_KIB = 16, 300
 _WAIT_S = 120.0
 
-Drill = Callable[[Path, Path], tuple[str, str, bool]]
-"""A bundle and a folder to: what was done, what was seen, whether that is right."""
+Found = tuple[str, str, bool | None]
+"""What was done, what was seen, and whether that is right; None if it could not be tried."""
+
+Drill = Callable[[Path, Path], Found]
+"""A bundle and a folder to what was found."""
 
 
 def section(bundle: Path, work: Path) -> list[str]:
     """Carry out all drills, and return the section's lines."""
     rows = []
     for drill in (disk_full, damaged_before, damaged_meanwhile, clients_gone, clock_jumps, locked):
-        done, seen, right = drill(bundle, work / drill.__name__)
-        rows.append((done, seen, "met" if right else "**missed**"))
+        rows.append(row(*drill(bundle, work / drill.__name__)))
     return report.table(("fault", "seen", ""), rows)
 
 
-def disk_full(bundle: Path, folder: Path) -> tuple[str, str, bool]:
+def row(done: str, seen: str, right: bool | None) -> tuple[str, str, str]:
+    """Return a drill's row of the table."""
+    return done, seen, "**not tried**" if right is None else "met" if right else "**missed**"
+
+
+def disk_full(bundle: Path, folder: Path) -> Found:
     """Serve from a file system that is filled up meanwhile, and make room again."""
     done = f"the disk is full, to the last {LEFT_KIB} KiB and then to the last byte; then there is room"
     with _tiny_disk(folder) as mounted:
         if not mounted:
-            return done, "not tried: this user may not mount a file system", True
+            return done, "this user may not mount a file system", None
         with _serving(bundle, folder / "data") as (process, client):
             ballast = process.data / "ballast"
             ballast.write_bytes(bytes((shutil.disk_usage(process.data).free // 1024 - LEFT_KIB) * 1024))
@@ -65,7 +72,7 @@ def disk_full(bundle: Path, folder: Path) -> tuple[str, str, bool]:
     return done, seen, right
 
 
-def damaged_before(bundle: Path, folder: Path) -> tuple[str, str, bool]:
+def damaged_before(bundle: Path, folder: Path) -> Found:
     """Serve a bundle with a wrong byte."""
     copy = Path(shutil.copytree(bundle, folder / "copy.bundle"))
     _damage(copy / "dit.onnx")
@@ -75,7 +82,7 @@ def damaged_before(bundle: Path, folder: Path) -> tuple[str, str, bool]:
     return "a bundle with a wrong byte is to be served", f"exit code {code}", code == 4
 
 
-def damaged_meanwhile(bundle: Path, folder: Path) -> tuple[str, str, bool]:
+def damaged_meanwhile(bundle: Path, folder: Path) -> Found:
     """Damage a bundle while it is served: what waits is kept for when the bundle is whole again."""
     copy = Path(shutil.copytree(bundle, folder / "copy.bundle"))
     whole = (copy / "dit.onnx").read_bytes()
@@ -92,7 +99,7 @@ def damaged_meanwhile(bundle: Path, folder: Path) -> tuple[str, str, bool]:
     return "the bundle is altered while it is served", seen, (_state(job), after) == ("bundle", "completed")
 
 
-def clients_gone(bundle: Path, folder: Path) -> tuple[str, str, bool]:
+def clients_gone(bundle: Path, folder: Path) -> Found:
     """Leave 64 streams of events in the midst of it, without a word."""
     with _serving(bundle, folder / "data") as (process, client):
         _ended(client, _post(client))  # libraries open files of their own with the first
@@ -108,7 +115,7 @@ def clients_gone(bundle: Path, folder: Path) -> tuple[str, str, bool]:
     return "64 readers of events leave", f"job: {state}; streams left open: {'none' if left else 'some'}", left
 
 
-def clock_jumps(bundle: Path, folder: Path) -> tuple[str, str, bool]:
+def clock_jumps(bundle: Path, folder: Path) -> Found:
     """Set the process's clock 30 years ahead, then back, while jobs have deadlines and videos a time to live."""
     tamper = (
         "import time\n"
@@ -128,7 +135,7 @@ def clock_jumps(bundle: Path, folder: Path) -> tuple[str, str, bool]:
     return "the clock jumps by 30 years every 3 s", f"jobs {_counted(states)}; {whole} videos kept", right
 
 
-def locked(bundle: Path, folder: Path) -> tuple[str, str, bool]:
+def locked(bundle: Path, folder: Path) -> Found:
     """Lock the database for ten seconds while jobs run and others are asked for."""
     with _serving(bundle, folder / "data") as (process, client):
         before = [_post(client, seed=seed) for seed in range(4)]

@@ -62,6 +62,15 @@ def section(bundle: Path, work: Path) -> list[str]:
     process = ServiceProcess(bundle, work / "kills", threads=None)
     process.options = ("--queue", "10000", "--queue-per-key", "10000")
     feeder = Feeder(_BODIES, 0.3)
+    try:
+        return _lines(process.data, feeder, *_drill(process, feeder))
+    finally:
+        feeder.stopped.set()
+        process.stop()
+
+
+def _drill(process: ServiceProcess, feeder: Feeder) -> tuple[list[Any], Counter[str], int]:
+    """Return all jobs' rows, what the process was doing when it was killed, and its exit code in the end."""
     process.start()
     feeder.url = process.url
     thread = threading.Thread(target=feeder.work, daemon=True)
@@ -86,7 +95,7 @@ def section(bundle: Path, work: Path) -> list[str]:
         rows = database.execute("SELECT id, status, attempts, crashes FROM jobs").fetchall()
     process.terminate()
     code = process.wait()
-    return _lines(process.data, feeder, rows, phases, code)
+    return rows, phases, code
 
 
 def _phase(process: ServiceProcess) -> str:

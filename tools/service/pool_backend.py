@@ -23,8 +23,8 @@ from reelforge.tools.service.backend import BackendLostError, Facts, OnEvent, ch
 from reelforge.tools.service.resuming import ResumingPipeline
 from reelforge.tools.service.settings import Settings
 
-_LOOK_S = 0.05
-"""How often it is asked whether a job is still wanted: far shorter than a unit of work."""
+_LOOK_S = 0.5
+"""How often whoever waits for a job's cancellation looks whether the job has ended."""
 
 
 class PoolBackend:
@@ -121,8 +121,7 @@ class PoolBackend:
         finally:
             if not job.done:
                 job.cancel("its video cannot be written")
-            job.wait()
-            watch.join()
+            job.wait()  # and not for the watch, which ends a little later
 
     def _opened(self) -> Bundle:
         assert self._bundle is not None
@@ -137,9 +136,12 @@ class PoolBackend:
 
 
 def _watch(job: Job, cancelled: threading.Event) -> None:
-    """End a job when it is not wanted any longer, keeping what it has."""
-    while not job.wait(_LOOK_S):
-        if cancelled.is_set():
+    """End a job when it is not wanted any longer, keeping what it has.
+
+    This waits for the cancellation and not for the job, whose every event would wake the thread.
+    """
+    while not job.done:
+        if cancelled.wait(_LOOK_S):
             job.stop.set("it was cancelled", keep=True)
             job.cancel()
-            job.wait()
+            return

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from reelforge.tools.bench import service_contract, service_kills, service_load
+from reelforge.tools.bench import service_contract, service_faults, service_kills, service_load
 from reelforge.tools.bench.service_clients import Timings
 from reelforge.tools.bench.service_load import Cpu, Loop, Turn
 from tests.runtime.fake_bundle import write_fake_bundle
@@ -90,9 +90,12 @@ def test_verdicts_of_the_auditor() -> None:
     assert {"starlette", "pydantic", "h11"} <= service_contract._closure(service_contract.SERVE)
 
 
-def test_a_drill_on_a_real_process(tmp_path: Path) -> None:
-    from reelforge.tools.bench import service_faults
+@pytest.mark.parametrize(("right", "shown"), [(True, "met"), (False, "**missed**"), (None, "**not tried**")])
+def test_a_drill_in_words(right: bool | None, shown: str) -> None:
+    assert service_faults.row("done", "seen", right) == ("done", "seen", shown)
 
+
+def test_a_drill_on_a_real_process(tmp_path: Path) -> None:
     write_fake_bundle(tmp_path / "fake.bundle")
     (tmp_path / "drill").mkdir()
     done, seen, right = service_faults.damaged_before(tmp_path / "fake.bundle", tmp_path / "drill")
