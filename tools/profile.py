@@ -17,6 +17,7 @@ from reelforge.runtime.attention.table import chosen_table
 from reelforge.runtime.bundle.open import Bundle, Check
 from reelforge.runtime.codec import to_json
 from reelforge.runtime.engines.engine import EngineOptions
+from reelforge.runtime.engines.narrow_weights import Widening
 from reelforge.runtime.request import Request
 from reelforge.runtime.step_cache.settings import StepCache
 from reelforge.tools import console
@@ -60,6 +61,13 @@ _PROMPT = "a red ball rolls to the left"
     help="What ONNX Runtime computes with, for bundles of --target cuda.  [default: cuda]",
 )
 @click.option(
+    "--widening",
+    type=click.Choice([widening.value for widening in Widening]),
+    default=Widening.AUTO.value,
+    show_default=True,
+    help="When 16-bit weights of the transformer become float32 on the CPU, as generate has it.",
+)
+@click.option(
     "--check",
     type=click.Choice([check.value for check in Check]),
     default=Check.FULL.value,
@@ -99,6 +107,7 @@ def profile(
     threads: int | None,
     device: int,
     provider: str | None,
+    widening: str,
     check: str,
     cold: bool,
     layers: bool,
@@ -143,7 +152,7 @@ def profile(
             negative_prompt=negative_prompt,
             step_cache=None if step_cache is None else StepCache.parse(step_cache),
         ),
-        options=EngineOptions(threads=threads, device=device, provider=provider),
+        options=EngineOptions(threads=threads, device=device, provider=provider, widening=Widening(widening)),
         check=Check(check),
         warmup=warmup,
         repeats=repeats,

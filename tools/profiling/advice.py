@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from reelforge.runtime.architectures import ARCHITECTURES
 from reelforge.runtime.request import NO_GUIDANCE
 from reelforge.tools.profiling.layers import TOP
 from reelforge.tools.profiling.roofline import point, share_of_roof
@@ -18,18 +19,19 @@ from reelforge.tools.profiling.schema_work import Work
 from reelforge.tools.profiling.summary import LOOP, is_loop
 from reelforge.tools.profiling.work import DENSE_ATTENTION
 
-_MANY_TOKENS = 4096  # 32 blocks of 128 queries: below that there is little to leave out
+_MANY_TOKENS = 1024  # INT8 attention was faster with 2060 tokens (docs/runtime_benchmark.md); with few it is not
 _POOR, _WORTH_SAYING = 0.25, 0.1
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What rules may look at besides the layer."""
+    """What rules may look at besides the layer; ``cores`` are those that the process may use."""
 
     work: Work
     peak: Peak | None
     warm: Summary
     cold: Summary | None
+    cores: int = 1
 
     @property
     def backend(self) -> str:
@@ -69,12 +71,19 @@ class Rule:
     saved_share: Callable[[Facts, LayerTiming], float | None] | None = None
 
 
-_ALL, _GPU = ("cpu", "cuda", "rtx", "trt"), ("rtx", "trt")
+_ALL, _PLANS = ("cpu", "cuda", "rtx", "trt"), ("rtx", "trt")
 
 
 def _reaches_little(facts: Facts, layer: LayerTiming) -> bool:
     place = point(layer, facts.peak)
     return place is not None and place.efficiency < _POOR
+
+
+def _has_8_bits(facts: Facts, kind: str) -> bool:
+    """Tell whether every architecture that plans were compiled for has tensor cores for fp8, or int8."""
+    names = facts.work.target.partition(":")[2].split("+")
+    known = [ARCHITECTURES[name] for name in names if name in ARCHITECTURES]
+    return bool(known) and all(getattr(architecture, kind) for architecture in known)
 
 
 RULES: tuple[Rule, ...] = (
@@ -86,33 +95,34 @@ RULES: tuple[Rule, ...] = (
         lambda facts, _: (facts.gain("fp32", "int8") or 2.0) > 1.2,
     ),
     Rule(
-        _GPU, ("dit", "llm"), ("gemm",), ("bf16", "fp16"), "fp8",
+        ("cpu",), ("dit",), ("attention",), ("fp32",), "int8",
+        "attention kind: build with --precision dit=int8 --attention int8",
+        "its two products over {tokens} image tokens are in fp32; in int8 products run at {gain} of that rate on this "
+        "processor, the softmax between them as before",
+        # Rounding to 8 bits and back takes longer than it saves where there is little to multiply.
+        lambda facts, _: facts.work.image_tokens >= _MANY_TOKENS
+        and facts.work.attention == DENSE_ATTENTION
+        and (facts.gain("fp32", "int8") or 2.0) > 1.2,
+        lambda _facts, _layer: None,
+    ),
+    Rule(
+        _PLANS, ("dit", "llm"), ("gemm",), ("bf16", "fp16"), "fp8",
         "precision: build with --precision {stage}=fp8",
         "it computes in {precision}; FP8 has {gain} of its rate by the GPU's documents",
+        lambda facts, _: _has_8_bits(facts, "fp8"),
     ),
     Rule(
-        _GPU, ("dit",), ("attention",), ("bf16", "fp16"), "fp8",
+        _PLANS, ("dit", "llm"), ("gemm",), ("bf16", "fp16"), "int8",
+        "precision: build with --precision {stage}=int8",
+        "it computes in {precision}; INT8 has {gain} of its rate by the GPU's documents, and there is no FP8 on "
+        "{target}",
+        lambda facts, _: _has_8_bits(facts, "int8") and not _has_8_bits(facts, "fp8"),
+    ),
+    Rule(
+        _PLANS, ("dit",), ("attention",), ("bf16", "fp16"), "fp8",
         "attention kind: build with --attention fp8",
         "queries, keys and values are in {precision}; FP8 has {gain} of its rate by the GPU's documents",
-    ),
-    Rule(
-        _ALL, ("dit",), ("attention",), (), "",
-        "attention kind: leave out keys, where docs/sparse_attention.md says that this backend gains by it",
-        "its time grows with the square of the {tokens} image tokens, of which most pairs matter little",
-        lambda facts, _: facts.work.image_tokens >= _MANY_TOKENS and facts.work.attention == DENSE_ATTENTION,
-    ),
-    Rule(
-        _ALL, ("dit",), (), (), "",
-        "step cache: evaluate the model less often, with generate --step-cache or fewer --steps",
-        "it runs {calls} times per video; each evaluation that is left out saves {call_ms} of this layer alone",
-        lambda facts, _: facts.work.step_cache is None,
-    ),
-    Rule(
-        _ALL, ("dit",), (), (), "",
-        "step cache: a higher threshold than that of {step_cache}, or fewer --steps",
-        "it still runs {calls} times per video, {skips} of {steps} steps being skipped; each evaluation that is left "
-        "out saves {call_ms} of this layer alone",
-        lambda facts, _: facts.work.step_cache is not None,
+        lambda facts, _: _has_8_bits(facts, "fp8"),
     ),
     Rule(
         _ALL, ("vae_decoder",), (), (), "",
@@ -123,8 +133,9 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         _ALL, (), ("gemm", "attention", "convolution"), (), "",
-        "bucket: give it more to do at once, by a larger shape or more videos per call",
-        "it reaches {efficiency} of what this processor allows at {intensity} operations per byte: it is too small",
+        "bucket: a larger shape uses the processor better",
+        "it reaches {efficiency} of what this processor allows at {intensity} operations per byte: it is too small, or "
+        "its kernel is slow for this shape",
         _reaches_little,
     ),
     Rule(
@@ -167,20 +178,15 @@ def _whole_stage(stage: str) -> str:
 def _advice(rule: Rule, facts: Facts, layer: LayerTiming) -> Advice:
     gain = facts.gain(layer.precision, rule.faster) if rule.faster else None
     share = rule.saved_share(facts, layer) if rule.saved_share else None
-    if gain is not None and gain > 1:
+    if gain is not None and gain > 1 and rule.saved_share is None:
         share = 1 - 1 / gain
     place = point(layer, facts.peak)
-    calls = next((stage.calls for stage in facts.warm.stages if stage.stage == layer.stage), 1)
     words = {
         "stage": _whole_stage(layer.stage),
         "precision": layer.precision or "high precision",
         "gain": "another multiple" if gain is None else f"{gain:.1f} times",
         "tokens": f"{facts.work.image_tokens:,}",
-        "calls": calls,
-        "call_ms": f"{layer.call_ms:.3g} ms",
-        "step_cache": facts.work.step_cache,
-        "skips": facts.warm.skips,
-        "steps": facts.work.steps,
+        "target": facts.work.target,
         "overlap": f"{facts.work.overlap:.0%}",
         "efficiency": "an unknown share" if place is None else share_of_roof(place),
         "intensity": "unknown" if place is None else f"{place.intensity:.3g}",
@@ -188,6 +194,28 @@ def _advice(rule: Rule, facts: Facts, layer: LayerTiming) -> Advice:
     }
     saves = None if share is None else layer.per_video_ms * share
     return Advice(f"{layer.stage}: {layer.name}", rule.action.format(**words), rule.reason.format(**words), saves)
+
+
+def _step_cache(facts: Facts) -> Advice:
+    """Return how the model is evaluated less often: it concerns all of the loop's layers alike."""
+    work, steps = facts.work, facts.warm.steps
+    assert steps is not None
+    saves = (
+        f"each further step that is skipped saves up to {steps.median_ms:.3g} ms of {facts.warm.total.median_ms:.3g}"
+    )
+    if work.step_cache is not None:
+        return Advice(
+            "step cache",
+            f"a higher threshold than that of {work.step_cache}, or fewer --steps",
+            f"{facts.warm.skips} of {work.steps} steps are skipped; {saves}",
+            None,
+        )
+    if "step_change" not in work.precision:
+        action = "fewer --steps; a bundle that build-engine makes anew can also skip some"
+    else:
+        parts = "" if f"{LOOP}_head" in work.precision else " after build-engine --partition head,body,tail"
+        action = f"generate with --step-cache easycache:0.025, or fbcache:0.08{parts}, or fewer --steps"
+    return Advice("step cache", action, f"all {work.steps} steps are computed; {saves}", None)
 
 
 def _of_the_run(facts: Facts) -> list[Advice]:
@@ -203,7 +231,30 @@ def _of_the_run(facts: Facts) -> list[Advice]:
                 load.median_ms,
             )
         )
+    threads = facts.work.threads
+    if threads is not None and threads < facts.cores:
+        found.append(
+            Advice(
+                "threads",
+                f"use more of the processor: --threads {facts.cores}, or leave it out",
+                f"engines compute on {threads} of {facts.cores} cores that this process may use",
+                None,
+            )
+        )
     loop_ms = sum(stage.run.median_ms for stage in facts.warm.stages if is_loop(stage.stage))
+    if facts.warm.steps is not None:
+        found.append(_step_cache(facts))
+    if facts.backend == "cuda" and facts.work.precision.get(LOOP) == "fp32":
+        gain = facts.gain("fp32", "fp16")
+        words = "another multiple" if gain is None else f"{gain:.1f} times"
+        found.append(
+            Advice(
+                "precision",
+                "build with --precision fp16",
+                f"the transformer computes in fp32; products in fp16 run at {words} of its rate on this GPU",
+                loop_ms * (1 - 1 / gain) if gain is not None and gain > 1 else None,
+            )
+        )
     if facts.work.cfg_scale != NO_GUIDANCE and loop_ms:
         found.append(
             Advice(

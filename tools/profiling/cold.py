@@ -73,7 +73,10 @@ def start_cold(request: ColdRequest, folder: Path) -> tuple[int, str, str]:
     asked, result = folder / "request.json", folder / "cold.json"
     asked.write_text(json.dumps(request.__dict__), encoding="utf-8")
     command = [sys.executable, "-m", __name__, str(asked), str(result)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    # A terminal's Ctrl-C goes to a whole group: here it would come twice, the second time while the result is written.
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0
+    ) as process:
         try:
             _, errors = process.communicate()
         except KeyboardInterrupt:

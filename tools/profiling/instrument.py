@@ -24,6 +24,7 @@ from reelforge.tools.profiling.recorder import Recorder
 from reelforge.tools.profiling.schema import Kind
 
 if TYPE_CHECKING:
+    from reelforge.runtime.cuda.driver import Cuda
     from reelforge.runtime.engines.device_session import DeviceSession
 
 PHASES = {
@@ -48,6 +49,8 @@ class ProfilingPipeline(Pipeline):
         options: How engines execute.
         recorder: Of the first run.
         memory_budget: As :meth:`Pipeline.open` has it: which engines stay loaded between runs.
+        gpu: That ONNX Runtime computes on, whose memory is asked for after each stage; None without one. Plans have a
+            session of their own, which knows its GPU.
 
     Attributes:
         recorder: Of the present run.
@@ -64,9 +67,11 @@ class ProfilingPipeline(Pipeline):
         options: EngineOptions | None,
         recorder: Recorder,
         memory_budget: int | str | None = None,
+        gpu: Cuda | None = None,
     ) -> None:
         super().__init__(bundle, options)
         self.recorder = recorder
+        self.gpu = gpu
         self.kept: dict[str, dict[str, Array]] = {}
         self.keep_inputs = False
         self.device_layers: dict[str, list[tuple[str, float]]] | None = None
@@ -104,6 +109,9 @@ class _TimedStages(Stages):
         recorder.enter(PHASES.get(stage, recorder.phase))
         with super().lease(stage) as engine:
             yield engine
+            if self._pipeline.gpu is not None:
+                free, total = self._pipeline.gpu.memory()
+                self._pipeline.recorder.device_bytes = total - free
 
     def _load(self, stage: str) -> Engine:
         self._pipeline.loading = stage

@@ -16,9 +16,11 @@ from typing import Any
 
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.engines.engine import Array, EngineOptions, thread_count
+from reelforge.runtime.engines.narrow_weights import SETTINGS, runs_once, widens_in_the_run
 from reelforge.runtime.engines.onnxruntime_library import import_onnxruntime
 from reelforge.tools.profiling.layer_names import kind_of
 from reelforge.tools.profiling.layers import NodeTime, StageLayers, stage_layers
+from reelforge.tools.profiling.summary import DECODER
 
 SOURCE = "ONNX Runtime's profiler, in a session of its own"
 
@@ -44,14 +46,16 @@ def profile_stage(
         repeats: Calls that count; one before them does not.
     """
     with tempfile.TemporaryDirectory(prefix="reelforge-profile-") as folder:
-        path = _run(bundle.graph(stage), inputs, options, repeats + 1, Path(folder) / stage)
+        path = _run(bundle, stage, inputs, options, repeats + 1, Path(folder) / stage)
         events: list[Event] = json.loads(path.read_text(encoding="utf-8"))
     calls = calls_of(events)[1:]
     return stage_layers(stage, [weight.name for weight in bundle.stage(stage).weights], calls)
 
 
-def _run(graph: Path, inputs: Mapping[str, Array], options: EngineOptions, calls: int, prefix: Path) -> Path:
-    """Run a graph under the profiler and return the profiler's file."""
+def _run(
+    bundle: Bundle, stage: str, inputs: Mapping[str, Array], options: EngineOptions, calls: int, prefix: Path
+) -> Path:
+    """Run a graph under the profiler, with the settings of the engines that were timed; return the profiler's file."""
     runtime = import_onnxruntime()
     settings = runtime.SessionOptions()
     settings.intra_op_num_threads = thread_count(options)
@@ -60,7 +64,12 @@ def _run(graph: Path, inputs: Mapping[str, Array], options: EngineOptions, calls
     settings.enable_profiling = True
     settings.profile_file_prefix = str(prefix)
     settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spinning else "0")
-    session = runtime.InferenceSession(str(graph), settings, providers=["CPUExecutionProvider"])
+    entry = bundle.stage(stage)
+    widens = widens_in_the_run(entry, options.widening)
+    settings.enable_cpu_mem_arena = options.arena and stage != DECODER and not (widens and runs_once(entry))
+    for name, value in SETTINGS.items() if widens else ():
+        settings.add_session_config_entry(name, value)
+    session = runtime.InferenceSession(str(bundle.graph(stage)), settings, providers=["CPUExecutionProvider"])
     for _ in range(calls):
         session.run(None, dict(inputs))
     return Path(session.end_profiling())

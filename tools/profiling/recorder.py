@@ -82,6 +82,7 @@ class MemorySampler:
 
     def __init__(self, recorder: Recorder) -> None:
         self.samples: list[MemorySample] = []
+        self._lock = threading.Lock()  # both threads take samples, and one of them thins them out
         self._recorder = recorder
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, name="memory sampler", daemon=True)
@@ -93,11 +94,20 @@ class MemorySampler:
 
     def take(self) -> bool:
         """Take one sample; returns whether the system says anything."""
-        sizes = resident_bytes()
-        if sizes is not None:
-            recorder = self._recorder
-            self.samples.append(MemorySample(recorder.now_ms(), recorder.phase, *sizes, recorder.device_bytes))
-        return sizes is not None
+        with self._lock:
+            sizes = resident_bytes()
+            if sizes is not None:
+                recorder = self._recorder
+                self.samples.append(MemorySample(recorder.now_ms(), recorder.phase, *sizes, recorder.device_bytes))
+            return sizes is not None
+
+    def thin(self) -> bool:
+        """Drop every second sample if there are too many; returns whether there were."""
+        with self._lock:
+            if len(self.samples) < _MAX_SAMPLES:
+                return False
+            self.samples = _thinned(self.samples)
+            return True
 
     def __exit__(self, *error: object) -> None:
         self.take()
@@ -108,8 +118,7 @@ class MemorySampler:
     def _sample(self) -> None:
         interval = _INTERVAL_S
         while self.take():
-            if len(self.samples) >= _MAX_SAMPLES:
-                self.samples = _thinned(self.samples)
+            if self.thin():
                 interval *= 2
             if self._stop.wait(interval):
                 return

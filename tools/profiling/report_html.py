@@ -7,12 +7,12 @@ Puts a profile's numbers into sections; how charts are drawn is in ``report_char
 from __future__ import annotations
 
 from reelforge.tools.console import format_bytes
+from reelforge.tools.profiling import report_memory, report_steps
 from reelforge.tools.profiling import report_sections as sections
-from reelforge.tools.profiling import report_steps
 from reelforge.tools.profiling.report_charts import milliseconds, text
 from reelforge.tools.profiling.report_style import style_sheet
 from reelforge.tools.profiling.schema import Profile, Timing
-from reelforge.tools.profiling.work import options_words
+from reelforge.tools.profiling.work import machine_words, options_words
 
 
 def report(profile: Profile) -> str:
@@ -30,7 +30,7 @@ def report(profile: Profile) -> str:
             sections.blocks(profile),
             sections.largest_layers(profile),
             sections.roofline(profile),
-            sections.memory(profile),
+            report_memory.memory(profile),
             _method(profile),
         )
     )
@@ -43,12 +43,11 @@ def report(profile: Profile) -> str:
 
 
 def _header(profile: Profile) -> str:
-    work, machine = profile.work, profile.machine
+    work = profile.work
     options = "".join(f"<br>{text(option)}" for option in options_words(work))
     video = (
         f"{work.width}x{work.height} pixels, {work.frames} frame{'s' if work.frames > 1 else ''}, {work.steps} steps"
     )
-    memory = format_bytes(machine.memory_bytes)
     tiles = f"{work.tiles} decoder tile{'s' if work.tiles > 1 else ''}"
     precisions = sorted(set(work.precision.values()))
     banner = ""
@@ -62,9 +61,13 @@ def _header(profile: Profile) -> str:
         f"<header><h1>{text(work.bundle)}</h1>"
         f'<p class="muted">{text(work.family)} for {text(work.target)}, {text(" and ".join(precisions))} &middot; '
         f"{text(video)} ({work.image_tokens:,} image tokens, {tiles}){options}<br>"
-        f"{text(machine.gpu or machine.processor)}, {machine.cores} cores, {memory} &middot; "
-        f"{text(profile.created)}</p></header>{banner}"
+        f"{text(machine_words(profile.machine, work))} &middot; {text(_when(profile.created))}</p></header>{banner}"
     )
+
+
+def _when(created: str) -> str:
+    """Return a time of ISO 8601 as people write it."""
+    return created.replace("T", " ").replace("+00:00", " UTC")
 
 
 def _tiles(profile: Profile) -> str:
@@ -90,6 +93,10 @@ def _tiles(profile: Profile) -> str:
                 f"{peak.phase}; {format_bytes(mapped)} mapped files",
             )
         )
+        device = [(phase.device_bytes, phase.phase) for phase in summary.memory if phase.device_bytes is not None]
+        if device:
+            most, when = max(device)
+            tiles.append(("GPU memory in use", format_bytes(most), f"{when}; other programs' included"))
     return (
         '<div class="tiles">'
         + "".join(

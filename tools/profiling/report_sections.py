@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from reelforge.tools.profiling.compare import unequal_work
 from reelforge.tools.profiling.layers import TOP
 from reelforge.tools.profiling.report_charts import (
-    Area,
     Axis,
     Bar,
     Dot,
@@ -24,9 +23,9 @@ from reelforge.tools.profiling.report_charts import (
     plot,
     text,
 )
-from reelforge.tools.profiling.report_steps import median_run, section
-from reelforge.tools.profiling.roofline import Point, point, share_of_roof
-from reelforge.tools.profiling.schema import LayerTiming, Profile, RunRecord, Timing
+from reelforge.tools.profiling.report_steps import section
+from reelforge.tools.profiling.roofline import Point, point, share_of_roof, stage_points
+from reelforge.tools.profiling.schema import LayerTiming, Profile, Timing
 from reelforge.tools.profiling.terminal import single_rows, verdict
 
 _KINDS = ("gemm", "attention", "convolution", "norm", "elementwise", "quantise", "layout", "other")
@@ -38,7 +37,7 @@ _KIND_WORDS = {
     "norm": "norms",
     "convolution": "convolutions",
 }
-_MIB = 2**20
+_DOTS = 60  # layers on the roofline
 _LEAST_SHARE = 0.005  # below this a percentage would be rounded to nothing
 
 
@@ -184,9 +183,12 @@ def _kind(layer: LayerTiming) -> str:
 def roofline(profile: Profile) -> str:
     """Show how close the products, convolutions and attentions come to the machine's limits."""
     peak = profile.peak
-    if peak is None or profile.layers is None:
+    if peak is None:
         return ""
-    points = [place for layer in profile.layers.layers[:60] if (place := point(layer, peak)) is not None]
+    layers = profile.layers.layers[:_DOTS] if profile.layers else ()
+    points = [place for layer in layers if (place := point(layer, peak)) is not None]
+    stages = stage_points(profile.warm.stages if profile.warm else (), profile.stage_work, peak)
+    of, points = ("layer", points) if points else ("stage", stages)
     if not points:
         return ""
     ridge = max(peak.flops.values()) / peak.bandwidth
@@ -195,9 +197,9 @@ def roofline(profile: Profile) -> str:
     rates = [place.rate for place in points]
     lowest = min(*rates, x.low * peak.bandwidth) / 1.5 / 1e9
     y = Axis(lowest, max(*rates, *peak.flops.values()) * 1.6 / 1e9, "billion operations per second", logarithmic=True)
-    shapes: list[Line | Area] = []
+    shapes: list[Line] = []
     labels = []
-    used = {place.layer.precision for place in points}
+    used = {place.precision for place in points}
     for precision, rate in sorted(peak.flops.items(), key=lambda item: item[1]):
         if precision not in used and precision not in ("fp32", "int8"):
             continue
@@ -208,51 +210,41 @@ def roofline(profile: Profile) -> str:
     slope = [(x.low, x.low * peak.bandwidth / 1e9), (highest / peak.bandwidth, highest / 1e9)]
     shapes.append(Line(slope, "host", 2.0))
     dots = [_roof_dot(place) for place in reversed(points)]
-    how = "measured just before" if peak.measured else "by its documents"
-    caption = f"Roof: {peak.name}, {how}; {number(peak.bandwidth / 1e9)} GB/s. A dot is a layer; dashed: not used."
-    drawn = {place.layer.kind for place in points}
-    keys = legend([(_KIND_WORDS.get(kind, kind), kind) for kind in _KINDS if kind in drawn])
+    how = "measured beside the runs" if peak.measured else "by its documents"
+    caption = f"Roof: {peak.name}, {how}; {number(peak.bandwidth / 1e9)} GB/s. A dot is a {of}; dashed: not used."
+    drawn = dict.fromkeys(place.kind for place in points)
+    kinds = [kind for kind in _KINDS if kind in drawn] if of == "layer" else list(drawn)
+    keys = legend([(_KIND_WORDS.get(kind, kind), kind) for kind in kinds])
     about = (
-        "Below the slope a layer waits for memory, below the flat roof for arithmetic. Far below both it is too small."
+        f"Below the slope a {of} waits for memory, below the flat roof for arithmetic. Far below both it is too small, "
+        "or its kernel is slow."
     )
-    return section("Roofline", about, keys + plot(x, y, shapes, dots, caption, labels))
+    return section("Roofline", about, keys + plot(x, y, shapes, dots, caption, labels) + _stage_rates(stages))
 
 
 def _roof_dot(place: Point) -> Dot:
-    layer = place.layer
     title = (
-        f"{layer.words}: {number(place.rate / 1e9)} GFLOP/s at {number(place.intensity)} operations per byte, "
+        f"{place.words}: {number(place.rate / 1e9)} GFLOP/s at {number(place.intensity)} operations per byte, "
         f"{share_of_roof(place)} of the roof ({place.bound})"
     )
-    return Dot(place.intensity, place.rate / 1e9, layer.kind, title)
+    return Dot(place.intensity, place.rate / 1e9, place.kind, title)
 
 
-def memory(profile: Profile) -> str:
-    """Show resident memory over time, cold and warm."""
-    content = ""
-    for title, record in (
-        ("Cold run", next((one for one in profile.runs if one.temperature == "cold"), None)),
-        ("Warm run, the median one", median_run(profile)),
-    ):
-        if record is None or len(record.memory) < 2:
-            continue
-        own = [(sample.at_ms, sample.anonymous_bytes / _MIB) for sample in record.memory]
-        both = [(at, up + sample.file_bytes / _MIB) for (at, up), sample in zip(own, record.memory, strict=True)]
-        x = Axis(0.0, own[-1][0], "milliseconds")
-        y = Axis(0.0, max(up for _, up in both) * 1.08, "MiB")
-        floor = [(at, 0.0) for at, _ in own]
-        shapes = [Area(floor, own, "dit"), Area(own, both, "host", 0.45)]
-        content += f"<h3>{text(title)}</h3>" + plot(x, y, shapes, (), _phases(profile, record))
-    keys = legend([("its own (anonymous)", "dit"), ("mapped files: libraries, weights", "host")])
-    return section("Memory", "Resident memory of the process.", keys + content) if content else ""
-
-
-def _phases(profile: Profile, record: RunRecord) -> str:
-    summary = profile.cold if record.temperature == "cold" else profile.warm
-    if summary is None:
+def _stage_rates(stages: Sequence[Point]) -> str:
+    """Show what whole stages reach, with all that they do besides products."""
+    if not stages:
         return ""
-    peaks = (f"{phase.phase} {number(phase.anonymous_bytes / _MIB)} MiB" for phase in summary.memory)
-    return f"Largest of its own, by phase: {', '.join(peaks)}"
+    rows = "".join(
+        f'<tr><td>{text(one.words)}</td><td class="hide-narrow">{number(one.flops / 1e9)}</td>'
+        f"<td>{number(one.rate / 1e9)}</td><td>{text(share_of_roof(one))}</td>"
+        f'<td class="hide-narrow">{text(f"{one.precision}, {one.bound}")}</td></tr>'
+        for one in stages
+    )
+    heads = '<th class="hide-narrow">10⁹ per call</th><th>10⁹ per second</th><th>of the roof</th>'
+    return (
+        '<h3>Whole stages: operations by the planner, time without a profiler</h3><div class="scroll"><table><tr>'
+        f'<th></th>{heads}<th class="hide-narrow">which roof</th></tr>{rows}</table></div>'
+    )
 
 
 def comparison(profile: Profile) -> str:

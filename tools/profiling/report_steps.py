@@ -88,7 +88,9 @@ def median_run(profile: Profile) -> RunRecord | None:
 def counted_runs(profile: Profile) -> list[RunRecord]:
     """Return the warm runs of this bundle that the summary counts."""
     warm = [one for one in profile.runs if one.temperature == "warm" and one.bundle == profile.work.bundle]
-    return [one for one in warm[profile.warmup :] if one.complete]
+    # The last round of an interrupted comparison does not count, though this bundle's run may have been finished.
+    count = 0 if profile.warm is None else profile.warm.runs
+    return [one for one in warm[profile.warmup :] if one.complete][:count]
 
 
 def steps(profile: Profile) -> str:

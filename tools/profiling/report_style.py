@@ -82,7 +82,8 @@ def style_sheet() -> str:
 _RULES = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,
-"DejaVu Sans",sans-serif;-webkit-text-size-adjust:100%}
+"DejaVu Sans",sans-serif;-webkit-text-size-adjust:100%;overflow-wrap:break-word}
+ul{padding-left:1.2rem;margin:.4rem 0}
 main{max-width:1080px;margin:0 auto;padding:1.2rem 1rem 3rem}
 h1{font-size:1.55rem;line-height:1.2;margin:.2rem 0 .3rem;overflow-wrap:anywhere}
 h2{font-size:1.12rem;margin:0 0 .2rem}
@@ -99,7 +100,7 @@ section{background:var(--card);border:1px solid var(--line);border-radius:10px;p
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{text-align:right;padding:.28rem .5rem;border-bottom:1px solid var(--line);white-space:nowrap}
-th{font-weight:600;color:var(--muted);font-size:.86rem}
+th{font-weight:600;color:var(--muted);font-size:.86rem;white-space:normal;vertical-align:bottom}
 th:first-child,td:first-child{text-align:left;padding-left:0;white-space:normal}
 tr.sum td{font-weight:600;border-top:2px solid var(--line)}
 .bars{display:grid;grid-template-columns:minmax(5.5rem,max-content) 1fr max-content;gap:.3rem .7rem;align-items:center}

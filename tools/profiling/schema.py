@@ -9,9 +9,9 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from reelforge.tools.profiling.schema_work import Comparison, Machine, Work
+from reelforge.tools.profiling.schema_work import Comparison, Machine, StageWork, Work
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 class Kind(enum.Enum):
@@ -122,7 +122,7 @@ class StageTiming:
         run: All calls of one video together.
         call: Single calls.
         load: Of its engine, whenever that was loaded, warm-up included; None if it never was.
-        share: Of the whole video's time, without loading.
+        share: Of the time of all stages' calls: without loading, the host and the file.
     """
 
     stage: str
@@ -285,7 +285,8 @@ class Profile:
         runs: All records, among them those of the warm-up and of the other bundle.
         layers: None if they were not asked for.
         peak: None if it was not asked for, or is not known.
-        advice: What saves most first.
+        stage_work: What a call of each stage is, by the planner; empty where no stage is known to it.
+        advice: What concerns the whole run first, then layer by layer.
         comparison: None if there is no other bundle.
         noise: How far to trust the numbers, a sentence each.
     """
@@ -303,6 +304,7 @@ class Profile:
     runs: tuple[RunRecord, ...]
     layers: LayerProfile | None
     peak: Peak | None
+    stage_work: tuple[StageWork, ...]
     advice: tuple[Advice, ...]
     comparison: Comparison | None
     noise: tuple[str, ...]

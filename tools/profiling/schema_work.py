@@ -44,6 +44,8 @@ class Work:
         negative_prompt: What to keep away from; None without classifier-free guidance.
         step_cache: As the command line writes it, ``easycache:0.025``; None computes every step.
         attention: Which keys it leaves out, in words: ``dense``, ``radial``, ``radial, the first 5 steps dense``.
+        threads: Of one operator on the CPU; None on a GPU.
+        provider: What ONNX Runtime computes with on a GPU, ``cuda``; None elsewhere.
     """
 
     bundle: str
@@ -65,6 +67,25 @@ class Work:
     negative_prompt: str | None = None
     step_cache: str | None = None
     attention: str = "dense"
+    threads: int | None = None
+    provider: str | None = None
+
+
+@dataclass(frozen=True)
+class StageWork:
+    """What one call of a stage is, as the planner counts it (see ``docs/planner.md``).
+
+    Attributes:
+        stage: Its name.
+        flops: Operations, a multiply-add as two; the mean over calls of different sizes.
+        bytes: Read and written at least: weights, what layers take and give, norms and sums between them.
+        precision: Of the stage, whose roof counts.
+    """
+
+    stage: str
+    flops: int
+    bytes: int
+    precision: str
 
 
 @dataclass(frozen=True)

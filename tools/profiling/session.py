@@ -17,18 +17,22 @@ from pathlib import Path
 
 from reelforge.runtime.bundle.open import Bundle, Check
 from reelforge.runtime.codec import from_json, to_json
+from reelforge.runtime.cuda.driver import Cuda
 from reelforge.runtime.engines.engine import EngineOptions, thread_count
+from reelforge.runtime.engines.onnxruntime_providers import gpu_provider
 from reelforge.runtime.errors import EngineError, RequestError
 from reelforge.runtime.recipe import Backend
 from reelforge.runtime.request import Request, resolve_request
 from reelforge.tools.profiling.advice import Facts, advise
 from reelforge.tools.profiling.cold import ColdRequest, drop_from_page_cache, start_cold
 from reelforge.tools.profiling.compare import compare, require_same_work
+from reelforge.tools.profiling.gpu_peak import measure_gpu_peak, open_gpu
 from reelforge.tools.profiling.instrument import ProfilingPipeline
 from reelforge.tools.profiling.layers import layer_profile, no_layers
 from reelforge.tools.profiling.machine_peak import describe_machine, measure_peak
 from reelforge.tools.profiling.measure import InterruptedRun, measure_run
 from reelforge.tools.profiling.nvtx_ranges import NO_RANGES, Ranges, open_ranges
+from reelforge.tools.profiling.planned_work import planned_stages
 from reelforge.tools.profiling.recorder import Recorder
 from reelforge.tools.profiling.schema import SCHEMA_VERSION, LayerProfile, Peak, Profile, RunRecord
 from reelforge.tools.profiling.schema_work import Machine
@@ -111,6 +115,7 @@ class _Collected:
     layers: LayerProfile | None = None
     gpu: str | None = None
     missing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def profile_bundle(asked: ProfileRequest, tell: Tell) -> Profile:
@@ -140,6 +145,7 @@ def profile_bundle(asked: ProfileRequest, tell: Tell) -> Profile:
             got.missing = [name for name, _ in parts[done:]]
         except KeyboardInterrupt:
             got.missing = [name for name, _ in parts[done:]]
+        measurement.meet_gpu()
     return _profile(asked, got)
 
 
@@ -152,11 +158,13 @@ class _Measurement:
         self._asked, self._got, self._tell = asked, got, tell
         self._ranges, self._folder, self._stack = ranges, folder, stack
         self._pipelines: dict[str, ProfilingPipeline] = {}
+        self._gpu: Cuda | None = None
 
     def parts(self) -> Iterator[tuple[str, Callable[[], None]]]:
         """Yield what is to be done: in words for an interrupted profile, and the doing."""
         asked = self._asked
-        if asked.peak:
+        on_host = asked.bundle.manifest.target.backend is Backend.CPU
+        if asked.peak and on_host:
             yield "the machine's peak", self._peak
         if asked.cold:
             yield "the cold run", self._cold
@@ -166,15 +174,35 @@ class _Measurement:
             yield f"warm run {number + 1} of {asked.repeats}", lambda: self._round(counts=True)
         if asked.layers:
             yield "the layers", self._layers
-        if asked.peak:  # once more: a disturbance before may have hidden it
+        if asked.peak and on_host:  # once more: a disturbance before may have hidden it
             yield "the machine's peak, once more", self._peak
+        if asked.peak and asked.bundle.manifest.target.backend is Backend.CUDA:  # of plans' GPUs see _layers
+            yield "the GPU's peak", self._gpu_peak
 
     def _peak(self) -> None:
-        backend = self._asked.bundle.manifest.target.backend
-        if backend is not Backend.CPU:
-            return  # a GPU's peak is a document's, see _layers
         self._tell("measuring the processor's peak")
         self._got.peak = measure_peak(thread_count(self._asked.options), self._got.peak)
+
+    def _gpu_peak(self) -> None:
+        """Measure it after everything else, which then had the GPU for itself, with engines given back."""
+        self._tell("measuring the GPU's peak")
+        for pipeline in self._pipelines.values():
+            pipeline.close()
+        provider = gpu_provider(replace(self._asked.options, provider=None))
+        try:
+            self._got.peak = measure_gpu_peak(provider, self._got.gpu or "a GPU without a name")
+        except EngineError as error:  # the runs are worth showing without it
+            self._got.notes.append(f"There is no peak: {error.where} ({error.received})")
+
+    def meet_gpu(self) -> None:
+        """Find out which GPU it is, and how its memory can be asked for."""
+        if self._asked.bundle.manifest.target.backend is Backend.CPU or self._gpu is not None:
+            return
+        self._gpu, reason = open_gpu(self._asked.options)
+        if self._gpu is not None:
+            self._got.gpu = self._gpu.device.name
+        elif reason not in self._got.notes:
+            self._got.notes.append(reason)
 
     def _cold(self) -> None:
         self._tell("cold run: a new process")
@@ -245,7 +273,7 @@ class _Measurement:
         if backend.has_plans:
             from reelforge.tools.profiling import layers_tensorrt
 
-            stages, got.gpu, got.peak = layers_tensorrt.profile_plans(asked.bundle, asked.options, asked.request)
+            stages, _, got.peak = layers_tensorrt.profile_plans(asked.bundle, asked.options, asked.request)
             got.layers = layer_profile(layers_tensorrt.SOURCE, stages, calls, plain)
             return
         from reelforge.tools.profiling import layers_onnxruntime
@@ -266,7 +294,10 @@ class _Measurement:
     def _pipeline(self, bundle: Bundle) -> ProfilingPipeline:
         key = str(bundle.path)
         if key not in self._pipelines:
-            pipeline = ProfilingPipeline(bundle, self._asked.options, Recorder(self._ranges), self._asked.memory_budget)
+            self.meet_gpu()
+            gpu = self._gpu if bundle.manifest.target.backend is Backend.CUDA else None
+            budget = self._asked.memory_budget
+            pipeline = ProfilingPipeline(bundle, self._asked.options, Recorder(self._ranges), budget, gpu)
             self._pipelines[key] = self._stack.enter_context(pipeline)
         return self._pipelines[key]
 
@@ -279,11 +310,11 @@ def _layer_repeats(call_ms: float | None) -> int:
 def _profile(asked: ProfileRequest, got: _Collected) -> Profile:
     warmups = [one for one in got.runs if one.temperature == "warm" and one.bundle == asked.bundle.name][: asked.warmup]
     warm, cold = summarise(got.counted, warmups), summarise([got.cold] if got.cold else [])
-    work = describe_work(asked.bundle, asked.request)
+    work = describe_work(asked.bundle, asked.request, asked.options)
     pairs = min(len(got.counted), len(got.other_counted))
     comparison = None
     if asked.other is not None and pairs:
-        other = replace(describe_work(asked.other, asked.request), bundle=asked.label(asked.other))
+        other = replace(describe_work(asked.other, asked.request, asked.options), bundle=asked.label(asked.other))
         comparison = compare(got.counted[:pairs], got.other_counted[:pairs], other)
     machine: Machine = describe_machine(got.gpu)
     return Profile(
@@ -300,7 +331,8 @@ def _profile(asked: ProfileRequest, got: _Collected) -> Profile:
         runs=tuple(got.runs),
         layers=got.layers,
         peak=got.peak,
-        advice=() if warm is None else advise(got.layers, Facts(work, got.peak, warm, cold)),
+        stage_work=planned_stages(asked.bundle, asked.request),
+        advice=() if warm is None else advise(got.layers, Facts(work, got.peak, warm, cold, machine.cores)),
         comparison=comparison,
-        noise=noise_notes(machine, got.counted, warm, got.layers),
+        noise=(*noise_notes(machine, got.counted, warm, got.layers), *got.notes),
     )

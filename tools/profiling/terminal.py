@@ -2,41 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from reelforge.tools import console
 from reelforge.tools.profiling.compare import unequal_work
 from reelforge.tools.profiling.layers import TOP
-from reelforge.tools.profiling.schema import Profile, Summary, Timing
+from reelforge.tools.profiling.schema import Advice, PhaseMemory, Profile, Summary, Timing
 from reelforge.tools.profiling.schema_work import Ratio
-from reelforge.tools.profiling.work import options_words
+from reelforge.tools.profiling.work import machine_words, options_words
 
 
 def show(profile: Profile, screen: Console) -> None:
     """Print a profile."""
     work = profile.work
-    screen.print(
-        f"[bold]{work.bundle}[/bold] on {work.target}: {work.height}x{work.width}x{work.frames}, {work.steps} steps; "
-        f"{profile.machine.gpu or profile.machine.processor}, {profile.machine.cores} cores",
-        highlight=False,
-    )
+    what = f" on {work.target}: {work.height}x{work.width}x{work.frames}, {work.steps} steps; "
+    screen.print(Text.assemble((work.bundle, "bold"), what, machine_words(profile.machine, work)))
     if options := options_words(work):
         screen.print(Text(", ".join(options)))
     if not profile.complete:
-        screen.print(f"[bold red]incomplete[/bold red]: {', '.join(profile.missing)} missing", highlight=False)
+        screen.print(Text.assemble(("incomplete", "bold red"), f": {', '.join(profile.missing)} missing"))
     for table in _tables(profile):
         screen.print(table)
     if profile.comparison is not None:
         screen.print(_comparison_table(profile))
         if unequal := unequal_work(profile.comparison, work.bundle):
             screen.print(Text(unequal, style="bold yellow"))
+    if profile.advice:
+        screen.print(Text("what would speed it up", style="bold"))
+    for line in _advice_lines(profile.advice):
+        screen.print(Text(line))
+    if profile.noise:
+        screen.print(Text("how far to trust it", style="bold"))
     for note in profile.noise:
         screen.print(Text(f"· {note}", style="dim"))
+
+
+def _advice_lines(advice: Sequence[Advice]) -> Iterator[str]:
+    """Yield each action once, with how many of the largest layers it is for, and what it saves of them together."""
+    by_action: dict[str, list[Advice]] = {}
+    for one in advice:
+        by_action.setdefault(one.action, []).append(one)
+    for action, those in by_action.items():
+        known = [one.saves_ms for one in those if one.saves_ms is not None]
+        saves = f"; saves at most {sum(known):.3g} ms" if known else ""
+        about = those[0].about if len(those) == 1 else f"{len(those)} of the largest layers"
+        yield f"· {action} ({about}{saves})"
 
 
 def _tables(profile: Profile) -> Iterator[Table]:
@@ -92,13 +108,16 @@ def _stage_table(warm: Summary) -> Table:
             _ms(stage.run),
             _ms(stage.load),
         )
-    memory = ", ".join(
-        f"{one.phase} {console.format_bytes(one.anonymous_bytes)} + {console.format_bytes(one.file_bytes)}"
-        for one in warm.memory
-    )
-    table.caption = f"memory, anonymous + file-backed: {memory}" if memory else None
+    on_gpu = " + in use of the GPU" if any(one.device_bytes is not None for one in warm.memory) else ""
+    memory = ", ".join(f"{one.phase} {_sizes(one)}" for one in warm.memory)
+    table.caption = f"peak memory, anonymous + file-backed{on_gpu}: {memory}" if memory else None
     table.caption_justify = "left"
     return table
+
+
+def _sizes(memory: PhaseMemory) -> str:
+    sizes = (memory.anonymous_bytes, memory.file_bytes, memory.device_bytes)
+    return " + ".join(console.format_bytes(size) for size in sizes if size is not None)
 
 
 def _layer_table(profile: Profile) -> Table:
@@ -113,8 +132,9 @@ def _comparison_table(profile: Profile) -> Table:
     comparison = profile.comparison
     assert comparison is not None
     other = comparison.other.bundle
-    title = f"{other} beside {profile.work.bundle}, {comparison.rounds} rounds"
-    table = _table(title, "", profile.work.bundle, other, "ratio", f"{comparison.confidence:.0%} interval", "")
+    names = [escape(name) for name in (profile.work.bundle, other)]  # names may have brackets, as rich's marks do
+    title = f"{names[1]} beside {names[0]}, {comparison.rounds} rounds"
+    table = _table(title, "", *names, "ratio", f"{comparison.confidence:.0%} interval", "")
     for ratio in comparison.ratios:
         between = "" if ratio.low is None else f"{ratio.low:.2f} to {ratio.high:.2f}"
         times = (f"{ratio.bundle_ms:.1f}", f"{ratio.other_ms:.1f}")

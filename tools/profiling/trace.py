@@ -76,6 +76,15 @@ def _run_events(record: RunRecord, process: int, label: str) -> Iterator[dict[st
             "tid": 0,
             "args": {"anonymous": sample.anonymous_bytes, "file-backed": sample.file_bytes},
         }
+        if sample.device_bytes is not None:
+            yield {
+                "name": "GPU memory in use",
+                "ph": "C",
+                "ts": round(sample.at_ms * 1e3, 3),
+                "pid": process,
+                "tid": 0,
+                "args": {"in use": sample.device_bytes},
+            }
 
 
 def _layer_events(profile: Profile, process: int) -> Iterator[dict[str, Any]]:

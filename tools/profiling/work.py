@@ -9,22 +9,25 @@ import math
 
 from reelforge.runtime.attention.table import AttentionTable, Pattern
 from reelforge.runtime.bundle.open import Bundle
+from reelforge.runtime.engines.engine import EngineOptions, thread_count
+from reelforge.runtime.recipe import Backend
 from reelforge.runtime.request import NO_GUIDANCE, Request, resolve_request
 from reelforge.runtime.step_cache.settings import Reuse, StepCache
 from reelforge.runtime.tiling import plan_tiles
-from reelforge.tools.profiling.schema_work import Work
+from reelforge.tools.console import format_bytes
+from reelforge.tools.profiling.schema_work import Machine, Work
 
 DENSE_ATTENTION = "dense"
 
 
-def describe_work(bundle: Bundle, request: Request) -> Work:
-    """Return what a request makes of a bundle.
+def describe_work(bundle: Bundle, request: Request, options: EngineOptions) -> Work:
+    """Return what a request makes of a bundle, with engines executed as ``options`` say.
 
     Raises:
         RequestError: If the bundle does not serve the request.
     """
     manifest = bundle.manifest
-    spec = manifest.spec
+    spec, backend = manifest.spec, manifest.target.backend
     resolved = resolve_request(request, manifest, bundle.name)
     shape = resolved.shape
     _, *grid = spec.latent_shape(shape.height, shape.width, shape.frames)
@@ -52,6 +55,8 @@ def describe_work(bundle: Bundle, request: Request) -> Work:
         negative_prompt=resolved.negative_prompt,
         step_cache=None if resolved.step_cache is None else step_cache_words(resolved.step_cache),
         attention=attention_words(resolved.attention),
+        threads=thread_count(options) if backend is Backend.CPU else None,
+        provider=(options.provider or "cuda") if backend is Backend.CUDA else None,
     )
 
 
@@ -73,6 +78,14 @@ def attention_words(table: AttentionTable) -> str:
     return f"{table.pattern.value}{first}"
 
 
+def machine_words(machine: Machine, work: Work) -> str:
+    """Return a machine for people, the GPU first if there is one, and how much of its cores was used if not all."""
+    memory = f", {format_bytes(machine.memory_bytes)}" if machine.memory_bytes else ""
+    used = "" if work.threads in (None, machine.cores) else f" ({work.threads} used)"
+    host = f"{machine.processor}, {machine.cores} core{'s' if machine.cores > 1 else ''}{used}{memory}"
+    return f"{machine.gpu}; {host}" if machine.gpu else host
+
+
 def options_words(work: Work) -> list[str]:
     """Return what the request asked for besides shape and steps, for people; an empty list if nothing."""
     words = [f"step cache {work.step_cache}"] if work.step_cache else []
@@ -81,4 +94,6 @@ def options_words(work: Work) -> list[str]:
         words.append(f"classifier-free guidance {work.cfg_scale:g}{against}")
     if work.attention != DENSE_ATTENTION:
         words.append(f"attention {work.attention}")
+    if work.provider not in (None, "cuda"):
+        words.append(f"ONNX Runtime's provider {work.provider}")
     return words

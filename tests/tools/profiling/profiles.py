@@ -16,7 +16,7 @@ from reelforge.tools.profiling.schema import (
     RunRecord,
     Span,
 )
-from reelforge.tools.profiling.schema_work import Comparison, Machine, Ratio, Work
+from reelforge.tools.profiling.schema_work import Comparison, Machine, Ratio, StageWork, Work
 from reelforge.tools.profiling.summary import summarise
 
 WORK = Work("my.bundle", "abc", "hunyuan_video", "cpu", {"dit": "fp32"}, "a ball", 64, 96, 9, 3, 72, 2, 0.25)
@@ -79,6 +79,7 @@ def profile(complete: bool = True, **changes: object) -> Profile:
         runs=runs,
         layers=LAYERS,
         peak=PEAK,
+        stage_work=(StageWork("dit", 500_000_000, 20_000_000, "fp32"),),
         advice=(Advice("dit: double.0.image.fc1", "do <this>", "it is slow & large", 12.0),),
         comparison=Comparison(
             replace(WORK, bundle="other.bundle"), 2, 0.95,

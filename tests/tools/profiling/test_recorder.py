@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import onnx
 import pytest
 
 from reelforge.runtime.errors import RequestError
@@ -115,17 +114,6 @@ def test_ranges_need_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvtx", None)
     with pytest.raises(RequestError, match="pip install reelforge"):
         open_ranges()
-
-
-@pytest.mark.parametrize(("operator", "types"), [("MatMul", (1, 1, 1)), ("MatMulInteger", (2, 3, 6))])
-def test_the_probes_graph_is_one(monkeypatch: pytest.MonkeyPatch, operator: str, types: tuple[int, int, int]) -> None:
-    monkeypatch.setattr(machine_peak, "_SIZE", 200)  # lengths that take two bytes
-    dtype = np.float32 if operator == "MatMul" else np.int8
-    graph = machine_peak.product_graph(operator, *types, np.full((200, 200), 2, dtype).tobytes())
-    model = onnx.load_from_string(graph)
-    onnx.checker.check_model(model, full_check=True)
-    assert [node.op_type for node in model.graph.node] == [operator]
-    assert onnx.numpy_helper.to_array(model.graph.initializer[0]).tolist() == np.full((200, 200), 2).tolist()
 
 
 def test_the_peak_of_two_measurements(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,15 +8,19 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+from rich.console import Console
 
 from reelforge.runtime.codec import from_json, to_json
 from reelforge.tools.profiling.report_charts import Axis, milliseconds, nice_ticks
 from reelforge.tools.profiling.report_html import report
 from reelforge.tools.profiling.report_steps import counted_runs, median_run
 from reelforge.tools.profiling.report_style import PALETTE, TEXT_ON
-from reelforge.tools.profiling.schema import Profile
+from reelforge.tools.profiling.schema import Advice, Profile
+from reelforge.tools.profiling.schema_work import Machine
+from reelforge.tools.profiling.terminal import show
 from reelforge.tools.profiling.trace import trace_of
-from tests.tools.profiling.profiles import WORK, layer, profile
+from reelforge.tools.profiling.work import machine_words
+from tests.tools.profiling.profiles import WORK, layer, profile, run
 
 VOID = {"meta", "br"}
 
@@ -135,6 +139,47 @@ def test_ticks_are_round_and_inside() -> None:
 def test_times_in_the_unit_that_suits_them() -> None:
     shown = [milliseconds(value) for value in (0, 0.0123, 4.5678, 1234, 65_000, 600_000)]
     assert shown == ["0 ms", "0.012 ms", "4.57 ms", "1.23 s", "1.1 min", "10.0 min"]
+
+
+def test_a_round_that_was_not_finished_does_not_count() -> None:
+    made = profile()
+    late = run(step_ms=99.0)
+    interrupted = replace(made, runs=(*made.runs, late), complete=False, missing=("warm run 3 of 3",))
+    assert late not in counted_runs(interrupted)
+    assert len(counted_runs(interrupted)) == 2
+
+
+def test_a_machine_in_words() -> None:
+    machine = Machine("a processor", 4, 8_000_000_000, "Linux x86_64", None, {})
+    assert machine_words(machine, WORK) == "a processor, 4 cores, 8.0 GB"
+    assert machine_words(machine, replace(WORK, threads=4)) == "a processor, 4 cores, 8.0 GB"
+    assert machine_words(machine, replace(WORK, threads=1)) == "a processor, 4 cores (1 used), 8.0 GB"
+    on_gpu = replace(machine, gpu="a GPU", cores=1, memory_bytes=0)
+    assert machine_words(on_gpu, WORK) == "a GPU; a processor, 1 core"
+
+
+def test_long_words_break_on_a_phone() -> None:
+    digest = "0123456789abcdef" * 4  # of a bundle, without a space
+    page = report(profile(work=replace(WORK, content_digest=digest)))
+    assert digest in page
+    assert re.search(r"body\{[^}]*overflow-wrap:break-word", page)
+
+
+def test_the_terminal_says_what_would_help_once(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "my[bold].bundle"  # rich would take a name in brackets for a mark
+    advice = (
+        Advice("dit: a", "do this", "it is slow", 12.0), Advice("dit: b", "do this", "it is slow", 3.0),
+        Advice("loading", "do [that]", "it is slow", None),
+    )  # fmt: skip
+    made = profile(work=replace(WORK, bundle=name), advice=advice)
+    assert made.comparison is not None
+    other = replace(made.comparison, other=replace(WORK, bundle="other[red].bundle"))
+    show(replace(made, comparison=other), Console(width=200))
+    shown = capsys.readouterr().out
+    assert "my[bold].bundle on cpu" in shown
+    assert "other[red].bundle beside my[bold].bundle" in shown
+    assert "· do this (2 of the largest layers; saves at most 15 ms)" in shown
+    assert "· do [that] (loading)" in shown
 
 
 def test_the_median_run_is_one_that_counts() -> None:
