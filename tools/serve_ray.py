@@ -18,9 +18,11 @@ from reelforge.runtime.errors import EngineError, RequestError
 from reelforge.tools import console
 from reelforge.tools.serve import Duration
 from reelforge.tools.service.settings import KEYS_VARIABLE, Limits, Settings, keys_of_file, keys_of_text
+from reelforge.tools.service_ray.messages import first_line
 
 _DEFAULTS = Limits()
 _REACHABLE_S = 10.0
+_LOOK_S = 0.5
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]}, epilog=console.EXIT_CODES)
@@ -115,22 +117,30 @@ def serve_ray(
     except (OSError, RuntimeError, ValueError) as error:
         raise RequestError(
             "there is no Ray cluster to connect to.",
-            received=str(error).strip().splitlines()[0],
+            received=first_line(error),
             expected="a cluster begun with `ray start --head`",
             fix="check --address, or leave it out for a cluster of this machine alone",
         ) from error
-    over = threading.Event()
+    over, serving = threading.Event(), threading.Event()
+
+    def interrupt(*_: object) -> None:
+        over.set()
+        if not serving.is_set():  # deploying waits for replicas, which may never come
+            raise KeyboardInterrupt
+
     # Ray has handlers of its own, which abort the process.
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: over.set())
+        signal.signal(number, interrupt)
     try:
-        deploy(settings, Scale(least, most, cpus, grow, shrink))
+        deploy(settings, Scale(least, most, cpus, grow, shrink), console.print_notice)
+        serving.set()
         click.echo(f"serving {bundle.name} at http://{host}:{port} with {replicas} replicas", err=True)
-        over.wait()
+        while not over.wait(_LOOK_S):  # a signal that another thread was given interrupts no wait
+            pass
     except RuntimeError as error:
         raise EngineError(
             "Ray Serve could not start the service.",
-            received=str(error).strip().splitlines()[0],
+            received=first_line(error),
             fix="see the logs of Ray Serve, below /tmp/ray/session_latest/logs/serve on its machines",
         ) from error
     finally:

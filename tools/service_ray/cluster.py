@@ -8,16 +8,30 @@ is started again by Ray Serve and finds all jobs in its store.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayActorError, RayError, TaskCancelledError, WorkerCrashedError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    TaskCancelledError,
+    WorkerCrashedError,
+)
 from ray.serve.config import AutoscalingConfig
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    RayServeException,
+    ReplicaUnavailableError,
+    RequestCancelledError,
+)
 
 from reelforge.runtime.bundle.open import Bundle, Check
 from reelforge.runtime.recipe import Backend
@@ -29,7 +43,17 @@ from reelforge.tools.service_ray.replica import PipelineReplica
 
 APPLICATION, PIPELINES, FRONT = "reelforge", "Pipelines", "Front"
 
-_LOST = (RayActorError, WorkerCrashedError, BackPressureError, DeploymentUnavailableError)
+_LOST = (
+    RayActorError,
+    WorkerCrashedError,
+    NodeDiedError,
+    ObjectLostError,  # what a lost machine had said and nobody had heard
+    OutOfMemoryError,  # Ray ended a process because its machine ran out of memory
+    BackPressureError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+)
+_LEAST_INTERVAL_S, _LONGEST_INTERVAL_S = 0.1, 5.0  # of looking at how many calls wait
 _CONNECTIONS = 1000  # of the front at once: streams of events are open as long as someone looks
 _UNIT_OF_WORK_S = 90.0  # what a step or a tile may take until it hears that it is to stop
 _HEAD = "node:__internal_head__"  # a resource that Ray gives the cluster's first machine
@@ -93,8 +117,13 @@ class RayReplicas:
         return isinstance(error, RequestCancelledError | TaskCancelledError | RayError)
 
 
-def deploy(settings: Settings, scale: Scale) -> None:
+def deploy(settings: Settings, scale: Scale, notice: Callable[[str], None] = lambda _: None) -> None:
     """Deploy the service on the cluster that this process is connected to, and wait until it answers.
+
+    Args:
+        settings: Of the service.
+        scale: How many pipelines.
+        notice: Told if the cluster has too little for them at the moment: then this waits, and may do so for ever.
 
     Raises:
         BundleError: If the bundle is damaged.
@@ -102,6 +131,11 @@ def deploy(settings: Settings, scale: Scale) -> None:
     """
     manifest = Bundle.open(settings.bundle, Check.SIZES).manifest
     gpus = 0 if manifest.target.backend is Backend.CPU else 1
+    for kind, each in (("CPU", scale.cpus), ("GPU", gpus)):
+        there, needed = ray.cluster_resources().get(kind, 0), each * scale.least  # type: ignore[no-untyped-call]
+        if there < needed:
+            notice(f"the cluster has {there:g} {kind}s, and the replicas need {needed:g}: waiting for more")
+    interval_s = max(min(scale.grow_s, scale.shrink_s, 2 * _LONGEST_INTERVAL_S) / 2, _LEAST_INTERVAL_S)
     serve.start(http_options={"host": settings.host, "port": settings.port, "keep_alive_timeout_s": 30})
     make_deployment = serve.deployment(
         name=PIPELINES,
@@ -112,15 +146,18 @@ def deploy(settings: Settings, scale: Scale) -> None:
             target_ongoing_requests=1,
             upscale_delay_s=scale.grow_s,
             downscale_delay_s=scale.shrink_s,
-            metrics_interval_s=min(scale.grow_s, scale.shrink_s, 10.0) / 2,
-            look_back_period_s=min(scale.grow_s, scale.shrink_s, 30.0),
+            metrics_interval_s=interval_s,
+            look_back_period_s=max(min(scale.grow_s, scale.shrink_s, 30.0), interval_s),
         ),
         ray_actor_options={"num_cpus": scale.cpus, "num_gpus": gpus},
         graceful_shutdown_timeout_s=scale.finish_s,
         graceful_shutdown_wait_loop_s=0.5,
     )
-    pipelines = make_deployment(PipelineReplica).bind(settings)
-    serve.run(_front(settings, scale.most, pipelines), name=APPLICATION, route_prefix="/")
+    pipelines = make_deployment(PipelineReplica).bind(replace(settings, keys=()))  # who may call is the front's matter
+    try:
+        serve.run(_front(settings, scale.most, pipelines), name=APPLICATION, route_prefix="/")
+    except (RayServeException, RayError) as error:
+        raise RuntimeError(str(error)) from error
 
 
 def _front(settings: Settings, most: int, pipelines: serve.Application) -> serve.Application:
@@ -158,6 +195,9 @@ def connect(address: str | None, **options: Any) -> None:
 
 
 def end() -> None:
-    """Take the service away from its cluster: what runs goes back to its queue."""
-    serve.shutdown()  # type: ignore[no-untyped-call]
+    """Take the service away from its cluster: what runs goes back to its queue. Other applications there stay."""
+    if any(name != APPLICATION for name in serve.status().applications):
+        serve.delete(APPLICATION)
+    else:
+        serve.shutdown()  # type: ignore[no-untyped-call]
     ray.shutdown()

@@ -66,4 +66,10 @@ class Failed:
         return kind(self.where, received=self.received, expected=self.expected, fix=self.fix)
 
 
+def first_line(error: Exception) -> str:
+    """Return what an error of Ray says, without its traceback; its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 Message = Began | Progress | Notice | Piece | Finished | Failed

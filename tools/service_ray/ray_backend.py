@@ -10,22 +10,33 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 from reelforge.runtime.bundle.open import Bundle, Check
 from reelforge.runtime.errors import CancelledError, EngineError, OutputError
 from reelforge.runtime.request import Request, ResolvedRequest
 from reelforge.tools.service.backend import Facts, OnEvent, check_on, facts_of
 from reelforge.tools.service.settings import Settings
-from reelforge.tools.service_ray.messages import Began, Failed, Finished, Message, Piece
+from reelforge.tools.service_ray.messages import Began, Failed, Finished, Message, Piece, first_line
 
 _log = logging.getLogger(__name__)
 
 _LOOK_S = 0.05
 _PAUSE_S = 1.0
+_LONGEST_PAUSE_S = 30.0
 MOST_LOSSES = 5
 """So many replicas may be lost with a job in them until the job is held to be the reason."""
+
+
+@dataclass
+class _Heard:
+    """What is known of an attempt that was given up: whether a replica had begun with it."""
+
+    began: bool = False
 
 
 class Call(Protocol):
@@ -120,22 +131,29 @@ class RayBackend:
     def _run(
         self, job_id: str, request: Request, on_event: OnEvent, cancelled: threading.Event, output: Path, kept: Path
     ) -> None:
-        losses = 0
+        losses, pause_s = 0, _PAUSE_S
         while True:
+            heard = _Heard()
             try:
-                self._attempt(job_id, request, on_event, cancelled, output, kept)
+                self._attempt(job_id, request, on_event, cancelled, output, kept, heard)
             except Exception as error:
-                output.unlink(missing_ok=True)
+                with suppress(OSError):  # why there is no video is said above
+                    output.unlink(missing_ok=True)
                 if not self._replicas.is_lost(error):
                     raise
-                losses += 1
+                if not heard.began:  # the job cannot be to blame: it waits until there are replicas again
+                    _log.warning("%s: no replica took it (%s), and it waits", job_id, type(error).__name__)
+                    self._wait(cancelled, pause_s)
+                    pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                    continue
+                losses, pause_s = losses + 1, _PAUSE_S
                 _log.warning(
                     "%s: its replica was lost (%s), %d of %d", job_id, type(error).__name__, losses, MOST_LOSSES
                 )
                 if losses >= MOST_LOSSES:
                     raise EngineError(
                         f"{losses} replicas were lost while they computed this video.",
-                        received=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+                        received=first_line(error),
                         fix="see the replicas' logs; a smaller video may fit",
                     ) from error
                 self._wait(cancelled, _PAUSE_S)
@@ -143,31 +161,38 @@ class RayBackend:
                 return
 
     def _attempt(
-        self, job_id: str, request: Request, on_event: OnEvent, cancelled: threading.Event, output: Path, kept: Path
+        self,
+        job_id: str,
+        request: Request,
+        on_event: OnEvent,
+        cancelled: threading.Event,
+        output: Path,
+        kept: Path,
+        heard: _Heard,
     ) -> None:
         call = self._replicas.make(request, self._opened().manifest.content_digest, str(kept.resolve()))
         ended = threading.Event()
         watch = threading.Thread(target=self._watch, args=(call, cancelled, ended), daemon=True)
         watch.start()
         try:
-            with output.open("wb") as file:
-                for batch in call:
-                    for message in batch:
-                        if isinstance(message, Piece):
-                            file.write(message.data)
-                        elif isinstance(message, Failed):
-                            raise message.error()
-                        elif isinstance(message, Began):
-                            _log.info("%s runs in process %d on %s", job_id, message.process, message.node)
-                        elif isinstance(message, Finished):
-                            file.flush()
-                            _require_whole(file.tell(), message.size_bytes)
-                            return
-                        else:
-                            on_event(message)
+            with _File(output) as file:
+                for message in chain.from_iterable(call):
+                    if isinstance(message, Piece):
+                        file.write(message.data)
+                    elif isinstance(message, Failed):
+                        raise message.error()
+                    elif isinstance(message, Began):
+                        heard.began = True
+                        _log.info("%s runs in process %d on %s", job_id, message.process, message.node)
+                    elif isinstance(message, Finished):
+                        file.close()
+                        _require_whole(file.written, message.size_bytes)
+                        return
+                    else:
+                        on_event(message)
+            if self._unwanted(cancelled):
+                raise CancelledError("the job was cancelled.")
             raise EngineError("a replica ended without a word about the job.", fix="see the replicas' logs")
-        except OSError as error:
-            raise OutputError(f"the video cannot be written: {error.strerror or error}.") from error
         except Exception as error:
             if self._unwanted(cancelled) and self._replicas.is_cancelled(error):
                 raise CancelledError("the job was cancelled.") from error
@@ -196,6 +221,43 @@ class RayBackend:
     def _opened(self) -> Bundle:
         assert self._bundle is not None
         return self._bundle
+
+
+class _File:
+    """The video, as it comes; only what goes wrong with the file itself is an error of writing.
+
+    Some of what a call may raise is an OSError too.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.written = 0
+        with _writing():
+            self._file = path.open("wb")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # a video that is whole has been closed
+            self._file.close()
+
+    def write(self, data: bytes) -> None:
+        """Append."""
+        with _writing():
+            self.written += self._file.write(data)
+
+    def close(self) -> None:
+        """Hand all to the system."""
+        with _writing():
+            self._file.close()
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"the video cannot be written: {error.strerror or error}.") from error
 
 
 def _require_whole(written: int, expected: int) -> None:

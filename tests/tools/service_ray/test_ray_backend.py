@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -17,7 +21,7 @@ from reelforge.runtime.errors import (
     CancelledError,
     EngineError,
     OutOfMemoryError,
-    ReelforgeError,
+    OutputError,
     RequestError,
 )
 from reelforge.runtime.events import Progress
@@ -116,12 +120,30 @@ def test_a_video_in_pieces(settings: Settings, tmp_path: Path) -> None:
 
 def test_losses(settings: Settings, tmp_path: Path) -> None:
     """What a lost replica has left is not in the video; a job that replicas never survive ends."""
-    replicas = FakeReplicas([Piece(b"xyz"), LostError()], [LostError()], [Piece(b"a"), Finished(1)])
+    began = Began("here", 1)
+    replicas = FakeReplicas([began, Piece(b"xyz"), LostError()], [LostError()], [began, Piece(b"a"), Finished(1)])
     run(settings, tmp_path, replicas)
     assert (tmp_path / "out.mp4").read_bytes() == b"a"
     with pytest.raises(EngineError, match=f"{MOST_LOSSES} replicas were lost while they computed this video"):
-        run(settings, tmp_path, FakeReplicas(*[[PROGRESS, LostError("gone")] for _ in range(MOST_LOSSES)]))
+        run(settings, tmp_path, FakeReplicas(*[[began, PROGRESS, LostError("gone")] for _ in range(MOST_LOSSES)]))
     assert not (tmp_path / "out.mp4").exists()
+
+
+def test_no_replica_takes_it(settings: Settings, tmp_path: Path) -> None:
+    """A cluster without replicas for a while costs no job: it waits, and is not held to be the reason."""
+    away: list[list[Message | Exception]] = [[LostError()] for _ in range(4 * MOST_LOSSES)]
+    run(settings, tmp_path, FakeReplicas(*away, [Began("here", 1), Piece(b"a"), Finished(1)]))
+    assert (tmp_path / "out.mp4").read_bytes() == b"a"
+
+
+def test_cancelling_while_no_replica_takes_it(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_PAUSE_S", 60.0)
+    cancelled = threading.Event()
+    threading.Timer(0.1, cancelled.set).start()
+    with pytest.raises(CancelledError):
+        run(settings, tmp_path, FakeReplicas([LostError()]), cancelled)
 
 
 @pytest.mark.parametrize(
@@ -146,10 +168,29 @@ def test_cancelling(settings: Settings, tmp_path: Path) -> None:
     assert replicas.calls[0].ended.is_set()
 
 
-def test_a_disk_without_room(settings: Settings, tmp_path: Path) -> None:
-    (tmp_path / "out.mp4").mkdir()
-    with pytest.raises((ReelforgeError, OSError), match=r"cannot be written|directory"):
-        run(settings, tmp_path, FakeReplicas([Finished(0)]))
+def test_a_call_that_ends_when_it_is_cancelled(settings: Settings, tmp_path: Path) -> None:
+    """Whether Ray raises something or says no more: who cancelled it hears that it was."""
+    cancelled = threading.Event()
+    cancelled.set()
+    with pytest.raises(CancelledError):
+        run(settings, tmp_path, FakeReplicas([Began("here", 1)]), cancelled)
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_disk_without_room(settings: Settings, tmp_path: Path, folder: bool) -> None:
+    if folder:
+        (tmp_path / "out.mp4").mkdir()
+    else:
+        (tmp_path / "out.mp4").symlink_to("/dev/full")
+    with pytest.raises(OutputError, match="the video cannot be written: "):
+        run(settings, tmp_path, FakeReplicas([Began("here", 1), Piece(b"abc"), Finished(3)]))
+
+
+def test_what_a_call_raises_is_no_error_of_the_disk(settings: Settings, tmp_path: Path) -> None:
+    """Ray's timeouts are OSErrors."""
+    with pytest.raises(TimeoutError, match="nobody answered"):
+        run(settings, tmp_path, FakeReplicas([Began("here", 1), TimeoutError("nobody answered")]))
+    assert not (tmp_path / "out.mp4").exists()
 
 
 def test_errors_survive_the_way() -> None:
@@ -221,3 +262,70 @@ def test_what_cannot_be_served(settings: Settings, tmp_path: Path, capsys: pytes
         console.run(serve_ray, [str(tmp_path / "no.bundle")])
     assert caught.value.code == 4
     assert "is not a bundle" in capsys.readouterr().err
+
+
+class FakeCluster(ModuleType):
+    """What ``serve_ray`` needs of ``cluster``; deploying takes as long as nobody interrupts it."""
+
+    def __init__(self, deploying: Callable[[], None]) -> None:
+        super().__init__("cluster")
+        self.done: list[str] = []
+        self.deploying = deploying
+
+    def Scale(self, *_: object) -> None:
+        pass
+
+    def connect(self, _: str | None) -> None:
+        self.done.append("connect")
+
+    def deploy(self, _settings: Settings, _scale: None, _notice: object) -> None:
+        self.deploying()
+        self.done.append("deploy")
+
+    def end(self) -> None:
+        self.done.append("end")
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def served(settings: Settings, cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setitem(sys.modules, "reelforge.tools.service_ray.cluster", cluster)
+    with pytest.raises(SystemExit) as caught:
+        console.run(serve_ray, [str(settings.bundle), "--data", str(settings.data)])
+    return int(str(caught.value.code))
+
+
+@pytest.mark.usefixtures("handlers")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_it_can_be_ended_while_it_waits_for_replicas(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """A cluster without a GPU has none later either; a service that is up is ended without a word of interruption."""
+
+    def never() -> None:
+        signal.raise_signal(number)
+        time.sleep(30)
+
+    waiting = FakeCluster(never)
+    assert served(settings, waiting, monkeypatch) == console.INTERRUPTED
+    assert waiting.done == ["connect", "end"]
+    up = FakeCluster(lambda: threading.Timer(0.3, signal.raise_signal, [number]).start())
+    assert served(settings, up, monkeypatch) == 0
+    assert up.done == ["connect", "deploy", "end"]
+
+
+@pytest.mark.usefixtures("handlers")
+def test_errors_that_say_nothing(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def silent() -> None:
+        raise RuntimeError
+
+    assert served(settings, FakeCluster(silent), monkeypatch) == EngineError.exit_code
+    assert "received: RuntimeError" in capsys.readouterr().err
