@@ -18,6 +18,8 @@ from typing import Any
 import click
 import numpy as np
 
+from reelforge.runtime.errors import EngineError
+from reelforge.tools import console
 from reelforge.tools.bench import openvino_child, peers_export, report, sections
 from reelforge.tools.bench.peers_processes import Contender, Result, take_turns
 from reelforge.tools.bench.runtime_bundles import Models
@@ -166,8 +168,14 @@ def step_section(
 
 
 def table(results: Sequence[Result]) -> list[str]:
-    """Return the table of one model's step."""
+    """Return the table of one model's step.
+
+    Raises:
+        EngineError: If what all others are compared with did not run.
+    """
     base = next(one for one in results if one.name == BASE)
+    if base.failure:
+        raise EngineError(f"{BASE} does not run, and everything is compared with it.", received=base.failure)
     rows = []
     for one in results:
         if one.failure:
@@ -260,4 +268,4 @@ def _head() -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    console.run(main)

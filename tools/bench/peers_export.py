@@ -65,6 +65,7 @@ def export(double: int, single: int, folder: Path, limit_bytes: int, limit_s: fl
         heads: Attention heads.
         width: Of a head.
     """
+    shutil.rmtree(folder, ignore_errors=True)  # of a series that was interrupted
     folder.mkdir(parents=True)
     job = {"double": double, "single": single, "heads": heads, "width_of_head": width, "limit_bytes": limit_bytes}
     command = [sys.executable, "-m", CHILD, json.dumps({**job, "graph": str(folder / "graph.onnx")})]
@@ -122,13 +123,17 @@ def fit(exports: Sequence[Export]) -> tuple[float, float, float, float] | None:
     return float(memory[0]), float(memory[1]), float(times[0]), float(times[1])
 
 
-def ours(work: Path) -> tuple[Usage, float]:
+def ours(work: Path) -> tuple[Usage, int]:
     """Build the stages that diffusers' module is, at full size, in a process of its own; also return their weights."""
-    checkpoint = synthesize(work / "full", "full")
-    usage = build(checkpoint, work / "full.bundle", "--precision", "fp16", "--stages", STAGES)
-    shutil.rmtree(work / "full.bundle")
+    checkpoint, bundle = work / "full", work / "full.bundle"
+    for left in (checkpoint, bundle):  # by a run that was interrupted
+        shutil.rmtree(left, ignore_errors=True)
+    synthesize(checkpoint, "full")
+    usage = build(checkpoint, bundle, "--precision", "fp16", "--stages", STAGES)
+    shutil.rmtree(bundle)
     shutil.rmtree(checkpoint)
-    return usage, FULL_WEIGHT_BYTES
+    stages = json.loads(usage.output)["stages"]
+    return usage, sum(stage["weights_bytes"] for stage in stages.values())
 
 
 def our_section(work: Path) -> list[str]:
@@ -136,7 +141,7 @@ def our_section(work: Path) -> list[str]:
     return our_lines(*ours(work))
 
 
-def our_lines(usage: Usage, weights: float) -> list[str]:
+def our_lines(usage: Usage, weights: int) -> list[str]:
     """Return that section's Markdown."""
     return [
         *report.prose(

@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -109,10 +109,15 @@ class Process:
         raise PeerError(said[-1] if said and status > 0 else f"ended with status {status}")
 
     def ask(self, steps: int) -> float:
-        """Return the seconds of one step, the mean over ``steps``."""
+        """Return the seconds of one step, the mean over ``steps``.
+
+        Raises:
+            PeerError: If the process ended instead.
+        """
         pipe = self._pipe(self._process.stdin)
-        pipe.write(f"{steps}\n")
-        pipe.flush()
+        with suppress(BrokenPipeError):  # it has ended; what it answered last says why
+            pipe.write(f"{steps}\n")
+            pipe.flush()
         return float(self.hear()["seconds"])
 
     def __exit__(
@@ -122,7 +127,9 @@ class Process:
         self._done.set()
         self._watcher.join()
         self._process.kill()
-        self._process.communicate()
+        with suppress(BrokenPipeError):  # what could not be written is still in the pipe's buffer
+            self._process.communicate()
+        self._process.wait()
         self._errors.close()
 
     def _watch(self) -> None:
@@ -166,8 +173,13 @@ def take_turns(contenders: Sequence[Contender], rounds: int, limit_s: float) -> 
         for turn in range(rounds):
             shift = turn % len(names) if names else 0
             for name in names[shift:] + names[:shift]:
+                if name in failures:
+                    continue
                 time.sleep(PAUSE_S)  # the contender's before has stopped spinning by then
-                seconds[name].append(running[name].ask(counts[name]))
+                try:
+                    seconds[name].append(running[name].ask(counts[name]))
+                except PeerError as error:
+                    failures[name] = f"{error} in round {turn + 1}"
         results = []
         for name in (contender.name for contender in contenders):
             if name in failures:

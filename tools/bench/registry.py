@@ -217,6 +217,7 @@ PARTS: dict[str, str] = {
     "peers_export_child": "a process of `peers-cpu`",
     "quantise_weights_child": "a process of `quantise-weights`",
     "runtime_child": "a process of `runtime`",
+    "service_clients": "a process of `service`",
 }
 """Modules with a command line that are no benchmarks, and whose they are."""
 

@@ -24,7 +24,7 @@ def environment(command: str, packages: Sequence[str]) -> list[str]:
     return [
         f"Made by `{command}`.",
         "",
-        f"- machine: {machine()}, {memory_gb:.0f} GB memory, no GPU",
+        f"- machine: {machine()}, {memory_gb:.0f} GB memory, {_gpu()}",
         f"- versions: {versions(packages)}",
         f"- commit {commit()}, {datetime.datetime.now(datetime.UTC).date().isoformat()}",
     ]
@@ -73,6 +73,11 @@ def write(path: Path, lines: Sequence[str]) -> None:
     """Write a benchmark's file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _gpu(driver: Path = Path("/proc/driver/nvidia/version")) -> str:
+    """Return whether there is an NVIDIA GPU that could have taken part; none of these benchmarks uses one."""
+    return "a GPU that took no part" if driver.exists() else "no GPU"
 
 
 def _processor() -> str:

@@ -1,8 +1,8 @@
 """Operations and bytes as the planner counts them, for backends that do not report shapes, and for whole stages.
 
-Texts are as long as those of the request, which the bundle's tokenizers say. Needs the family's cost model in
-``export``, which needs neither torch nor onnx. Where there is none for a family, nothing is counted. The module
-measures nothing.
+Texts are as long as those of the request, which the bundle's tokenizers say. Needs the planner and the family's cost
+model in ``export``, which need neither torch nor onnx, but ml_dtypes. Where they are missing, or a family has no model,
+nothing is counted. The module measures nothing.
 """
 
 from __future__ import annotations
@@ -23,12 +23,23 @@ if TYPE_CHECKING:
     from reelforge.export.planner.work import StageWork as Planned
 
 
+def planner_missing() -> str:
+    """Return a sentence that says why nothing can be counted here; empty if it can be."""
+    try:
+        importlib.import_module("reelforge.export.planner.flops")
+    except ImportError as error:
+        return f"The planner, which counts operations, is not installed: {error} (pip install reelforge[export])"
+    return ""
+
+
 def planned_flops(bundle: Bundle, request: Request) -> Mapping[str, Mapping[str, int]]:
     """Return stage -> layer -> operations of one call, the largest one; a multiply-add is two.
 
     Raises:
         RequestError: If the bundle does not serve the request.
     """
+    if planner_missing():
+        return {}
     from reelforge.export.planner.flops import layer_flops
     from reelforge.export.planner.layers import rows_of
 
@@ -47,10 +58,10 @@ def planned_stages(bundle: Bundle, request: Request) -> tuple[StageWork, ...]:
     Raises:
         RequestError: If the bundle does not serve the request.
     """
+    if resolve_request(request, bundle.manifest, bundle.name).cfg_scale != NO_GUIDANCE or planner_missing():
+        return ()
     from reelforge.export.planner.flops import call_flops
 
-    if resolve_request(request, bundle.manifest, bundle.name).cfg_scale != NO_GUIDANCE:
-        return ()
     precision = bundle.manifest.recipe.precision
     found = []
     for stage, (work, layers) in _planned(bundle, request).items():

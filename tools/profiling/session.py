@@ -32,7 +32,7 @@ from reelforge.tools.profiling.layers import layer_profile, no_layers
 from reelforge.tools.profiling.machine_peak import describe_machine, measure_peak
 from reelforge.tools.profiling.measure import InterruptedRun, measure_run
 from reelforge.tools.profiling.nvtx_ranges import NO_RANGES, Ranges, open_ranges
-from reelforge.tools.profiling.planned_work import planned_stages
+from reelforge.tools.profiling.planned_work import planned_stages, planner_missing
 from reelforge.tools.profiling.recorder import Recorder
 from reelforge.tools.profiling.schema import SCHEMA_VERSION, LayerProfile, Peak, Profile, RunRecord
 from reelforge.tools.profiling.schema_work import Machine
@@ -334,5 +334,5 @@ def _profile(asked: ProfileRequest, got: _Collected) -> Profile:
         stage_work=planned_stages(asked.bundle, asked.request),
         advice=() if warm is None else advise(got.layers, Facts(work, got.peak, warm, cold, machine.cores)),
         comparison=comparison,
-        noise=(*noise_notes(machine, got.counted, warm, got.layers), *got.notes),
+        noise=(*noise_notes(machine, got.counted, warm, got.layers), *got.notes, *filter(None, [planner_missing()])),
     )

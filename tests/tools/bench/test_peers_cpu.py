@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import onnx
 import pytest
 
 from reelforge.runtime.bundle.open import Bundle
+from reelforge.runtime.errors import EngineError
 from reelforge.tools.bench import dit_step_time, peers_cpu, peers_export, peers_processes
 from reelforge.tools.bench.dit_step_time import random_inputs
 from reelforge.tools.bench.memory import Usage
@@ -25,7 +27,9 @@ print("a library says something")
 if job.get("fails"): raise SystemExit(job["fails"])
 numpy.save(job["output"], numpy.ones(3, numpy.float32))
 print(json.dumps({"loaded_s": 0.5, "notes": {"threads": "2"}}), flush=True)
-for line in sys.stdin: print(json.dumps({"seconds": float(job["seconds"])}), flush=True)
+for turn, line in enumerate(sys.stdin):
+    if turn == int(job.get("ends_in", -1)): raise SystemExit("ran out of memory")
+    print(json.dumps({"seconds": float(job["seconds"])}), flush=True)
 """
 
 
@@ -43,6 +47,25 @@ def test_processes_take_turns_and_one_that_fails_says_why(tmp_path: Path, monkey
     assert good.peak_anonymous_bytes > 5e6
     assert good.velocity.tolist() == [1, 1, 1]
     assert bad == Result("b", failure="no kernel for Where(16)")
+
+
+def test_one_that_ends_between_rounds_is_a_row_and_not_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers_processes, "PAUSE_S", 0.0)
+    # The first question is the one that tells how long a step takes; 2 is the second round.
+    pair = [contender("a", tmp_path), contender("b", tmp_path, ends_in="2")]
+    good, bad = take_turns(pair, 4, 30.0)
+    assert good.seconds == (0.5,) * 4
+    assert bad == Result("b", failure="ran out of memory in round 2")
+
+
+def test_asking_a_process_that_has_ended_says_so(tmp_path: Path) -> None:
+    with peers_processes.Process(contender("a", tmp_path), 30.0) as process:
+        process.hear()
+        process._process.kill()
+        process._process.wait()
+        for _ in range(2):
+            with pytest.raises(peers_processes.PeerError, match="ended with status -9"):
+                process.ask(10**6)
 
 
 def test_a_process_that_takes_too_long_is_ended(tmp_path: Path) -> None:
@@ -93,6 +116,9 @@ def test_a_contender_that_does_not_run_is_a_row() -> None:
     assert rows[2] == "| broken | does not run: no kernel | - | - | - | - | - | - |"
     assert peers_cpu.notes([base, other]) == ["", "What OpenVINO reports: other: precision f32."]
     assert peers_cpu.notes([base]) == []
+    with pytest.raises(EngineError, match="reelforge fp32 does not run") as caught:
+        peers_cpu.table([Result(peers_cpu.BASE, failure="no memory"), other])
+    assert "received: no memory" in str(caught.value)
 
 
 def boolean_graph(path: Path) -> None:
@@ -169,7 +195,26 @@ def test_a_fit_is_marked_and_needs_three_points() -> None:
     assert "linear fit" not in "\n".join(peers_export.lines([failed], 10**9, 1.0))
 
 
+def test_ours_says_how_many_weights_were_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "full.bundle").mkdir()  # of a run that was interrupted
+
+    def build(checkpoint: Path, bundle: Path, *options: str) -> Usage:
+        assert options[-1] == peers_export.STAGES
+        bundle.mkdir()
+        said = json.dumps({"stages": {"dit": {"weights_bytes": 7}, "refiner": {"weights_bytes": 5}}})
+        return Usage(1.0, 2, 3, said)
+
+    def synthesize(folder: Path, size: str) -> Path:
+        folder.mkdir()
+        return folder
+
+    monkeypatch.setattr(peers_export, "synthesize", synthesize)
+    monkeypatch.setattr(peers_export, "build", build)
+    assert peers_export.ours(tmp_path)[1] == 12
+    assert not list(tmp_path.iterdir())
+
+
 def test_ours_says_what_was_timed() -> None:
-    text = "\n".join(peers_export.our_lines(Usage(100.0, 520_000_000, 130_000_000, ""), 25.6e9))
+    text = "\n".join(peers_export.our_lines(Usage(100.0, 520_000_000, 130_000_000, ""), 25_600_000_000))
     assert "reading, hashing and checking 25.6 GB" in " ".join(text.split())
     assert "| 25.6 | 100 | 0.52 |" in text

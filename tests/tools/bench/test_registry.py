@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from reelforge.tools.bench import report
 from reelforge.tools.bench.registry import BENCHMARKS, PACKAGE, PARTS, find
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -45,6 +46,12 @@ def test_every_table_says_on_what_it_was_measured(path: Path) -> None:
     assert re.search(r"^- machine: .+, \d+ cores, \d+ GB memory", head, re.MULTILINE)
     assert re.search(r"^- versions: Python 3\.\d+\.\d+, \w+ \d", head, re.MULTILINE)
     assert re.search(r"^- commit [0-9a-f]{12}(-dirty)?, 20\d\d-\d\d-\d\d$", head, re.MULTILINE)
+
+
+def test_a_gpu_that_is_there_is_not_denied(tmp_path: Path) -> None:
+    assert report._gpu(tmp_path / "version") == "no GPU"
+    (tmp_path / "version").write_text("NVRM version")
+    assert report._gpu(tmp_path / "version") == "a GPU that took no part"
 
 
 def test_other_files_of_numbers_are_of_a_benchmark_too() -> None:

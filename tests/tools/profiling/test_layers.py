@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +23,7 @@ from reelforge.tools.profiling.layers import StageLayers
 from reelforge.tools.profiling.layers_onnxruntime import calls_of, profile_stage
 from reelforge.tools.profiling.layers_tensorrt import joined
 from reelforge.tools.profiling.model_words import block_of, words_for
-from reelforge.tools.profiling.planned_work import planned_flops, planned_stages
+from reelforge.tools.profiling.planned_work import planned_flops, planned_stages, planner_missing
 from reelforge.tools.profiling.recorder import Recorder
 
 OPTIONS = EngineOptions(threads=1, spinning=False)
@@ -96,6 +98,26 @@ def test_whole_stages_are_the_sums_of_their_layers(bundle: Bundle, stages: Stage
         assert works[name].bytes > 0
         assert works[name].precision == "fp32"
     assert planned_stages(bundle, replace(REQUEST, cfg_scale=4.0)) == ()
+
+
+WITHOUT_PLANNER = """
+import sys
+from pathlib import Path
+sys.modules.update(dict.fromkeys(("ml_dtypes", "torch", "onnx")))
+from reelforge.runtime.bundle.open import Bundle, Check
+from reelforge.runtime.request import Request
+from reelforge.tools.profiling.planned_work import planned_flops, planned_stages, planner_missing
+bundle = Bundle.open(Path(sys.argv[1]), Check.SIZES)
+print(planned_stages(bundle, Request("a")), planned_flops(bundle, Request("a")), planner_missing())
+"""
+
+
+def test_where_only_the_runtime_is_installed_nothing_is_counted_and_that_is_said(tiny_bundle: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_PLANNER, str(tiny_bundle)]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert result.stdout.startswith("() {} The planner, which counts operations, is not installed: ")
+    assert "pip install reelforge[export]" in result.stdout
+    assert planner_missing() == ""
 
 
 def test_layers_are_profiled_as_engines_run(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
