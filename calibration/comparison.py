@@ -17,11 +17,13 @@ from reelforge.calibration.reference_run import (
     HeldPipeline,
     ReferenceRun,
     ignore_progress,
+    not_finite,
     require_finite,
     run_step,
     stage_identity,
 )
-from reelforge.runtime.errors import RequestError
+from reelforge.runtime.decode import DecodingError
+from reelforge.runtime.errors import NotFiniteError, RequestError
 from reelforge.runtime.events import FloatArray, Progress
 from reelforge.runtime.pipeline import OnProgress, Pipeline
 from reelforge.runtime.stage_inputs import Conditions
@@ -233,9 +235,12 @@ def _decode(
 
 
 def _frames(pipeline: Pipeline, latents: FloatArray) -> FloatArray:
-    frames = np.concatenate(list(pipeline.decode(latents)))
-    require_finite(frames, "the video of stage 'vae_decoder'")
-    return frames
+    try:
+        return np.concatenate(list(pipeline.decode(latents)))
+    except DecodingError as error:
+        if not isinstance(error.__cause__, NotFiniteError):
+            raise
+        raise not_finite("the video of stage 'vae_decoder'", error.received) from error
 
 
 def _loss(received: FloatArray, expected: FloatArray, what: str) -> Loss:

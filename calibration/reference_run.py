@@ -204,12 +204,17 @@ def require_finite(values: FloatArray, what: str) -> None:
         VerificationError: If there are any.
     """
     if not np.isfinite(values).all():
-        raise VerificationError(
-            f"{what} is not finite.",
-            received=f"{int(np.count_nonzero(~np.isfinite(values)))} NaN or infinite of {values.size} values",
-            expected="finite numbers",
-            fix="keep more layers of the stage in high precision, or calibrate again",
-        )
+        raise not_finite(what, f"{int(np.count_nonzero(~np.isfinite(values)))} NaN or infinite of {values.size} values")
+
+
+def not_finite(what: str, received: object) -> VerificationError:
+    """Return the error for numbers that are none."""
+    return VerificationError(
+        f"{what} is not finite.",
+        received=received,
+        expected="finite numbers",
+        fix="keep more layers of the stage in high precision, or calibrate again",
+    )
 
 
 def _counted(items: Sequence[T], phase: str, report: OnProgress) -> Iterator[T]:

@@ -122,9 +122,10 @@ def _events(
             stop.check(f"tile {done + 1} of {total}")
             frames: FloatArray = vae.run({"latent_tile": tile})["frame_tile"]
             if not all_finite(frames):  # as bytes they would be a picture, black or of nothing
+                wrong = int(np.count_nonzero(~np.isfinite(frames)))
                 raise NotFiniteError(
                     "stage 'vae_decoder' gave frames that are not finite numbers.",
-                    received=f"{int(np.count_nonzero(~np.isfinite(frames)))} of {frames.size} values of a tile",
+                    received=f"{wrong} NaN or infinite of {frames.size} values of a tile",
                     fix="rebuild the bundle with --precision fp32, or check its parity with reelforge verify",
                 )
             return frames
