@@ -25,6 +25,12 @@ from reelforge.tools.profiling.schema import Peak
 SOURCE = "the TensorRT library's profiler, in a run of its own without CUDA graphs; layers by the plans' receipts"
 
 _KINDS = {"reformat": "layout", "cast": "layout", "other": "elementwise"}
+_NAMES = {
+    "NVIDIA H100 80GB HBM3": "H100 SXM",
+    "NVIDIA A100-SXM4-80GB": "A100 80GB",
+    "NVIDIA A100-SXM4-40GB": "A100 40GB",
+}
+"""What the driver calls a GPU -> what the planner's table calls it, where one is not the other's beginning."""
 Report = tuple[str, float]
 
 
@@ -107,7 +113,7 @@ def document_peak(device: str) -> Peak | None:
     from reelforge.export.planner.gpus import find_gpu
 
     try:
-        gpu = find_gpu(device)
+        gpu = find_gpu(_NAMES.get(device, device))
     except RequestError:
         return None
     return Peak(gpu.name, dict(gpu.rates), gpu.bandwidth, measured=False, source=gpu.source)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 
 from reelforge.runtime.bundle.open import Bundle, Check
@@ -142,9 +144,9 @@ def profile_bundle(asked: ProfileRequest, tell: Tell) -> Profile:
                 done += 1
         except InterruptedRun as interrupted:
             got.runs.append(interrupted.record)
-            got.missing = [name for name, _ in parts[done:]]
+            got.missing = _summed_up([name for name, _ in parts[done:]])
         except KeyboardInterrupt:
-            got.missing = [name for name, _ in parts[done:]]
+            got.missing = _summed_up([name for name, _ in parts[done:]])
         measurement.meet_gpu()
     return _profile(asked, got)
 
@@ -300,6 +302,19 @@ class _Measurement:
             pipeline = ProfilingPipeline(bundle, self._asked.options, Recorder(self._ranges), budget, gpu)
             self._pipelines[key] = self._stack.enter_context(pipeline)
         return self._pipelines[key]
+
+
+def _summed_up(missing: Sequence[str]) -> list[str]:
+    """Put runs together: ``warm run 4 of 9`` and so on become ``warm runs 4 to 9 of 9``."""
+    found: list[str] = []
+    for kind, group in groupby(missing, key=lambda name: re.sub(r"\d+ of", "# of", name)):
+        names = list(group)
+        if len(names) == 1:
+            found += names
+        else:
+            first, last = (re.findall(r"(\d+) of", name)[0] for name in (names[0], names[-1]))
+            found.append(kind.replace(" run #", f" runs {first} to {last}"))
+    return found
 
 
 def _layer_repeats(call_ms: float | None) -> int:

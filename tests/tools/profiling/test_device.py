@@ -156,6 +156,21 @@ def test_a_gpus_roof_is_its_documents() -> None:
     assert layers_tensorrt.document_peak("NVIDIA Imaginary 1") is None
 
 
+@pytest.mark.parametrize(
+    ("driver", "table"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100 SXM"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
+    ],
+)
+def test_a_gpu_is_known_by_the_drivers_name(driver: str, table: str) -> None:
+    peak = layers_tensorrt.document_peak(driver)
+    assert peak is not None
+    assert peak.name == table
+
+
 def test_the_real_library_has_what_is_called() -> None:
     library = pytest.importorskip("tensorrt_rtx")
     assert {"profiler", "enqueue_emits_profile"} <= set(dir(library.IExecutionContext))

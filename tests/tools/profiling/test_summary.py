@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from reelforge.tools.profiling.layers import NodeTime, layer_profile, no_layers, stage_layers
+from reelforge.tools.profiling.session import _summed_up
 from reelforge.tools.profiling.summary import gaps, is_decoder, is_loop, summarise
 from reelforge.tools.profiling.trust import noise_notes
 from tests.tools.profiling.profiles import LAYERS, profile, run
@@ -75,6 +76,15 @@ def test_nodes_become_layers_by_the_median_over_calls() -> None:
     assert profiled.layers[0].per_video_ms == 100
     assert sum(layer.share for layer in profiled.layers) == pytest.approx(1)
     assert profiled.unnamed_share == pytest.approx(0.5 / 7.5)
+
+
+def test_what_is_missing_is_summed_up() -> None:
+    names = ["the cold run", "warm-up run 1 of 1", *(f"warm run {number} of 5" for number in range(1, 6)), "the layers"]
+    assert _summed_up(names) == ["the cold run", "warm-up run 1 of 1", "warm runs 1 to 5 of 5", "the layers"]
+    assert _summed_up(["warm-up run 2 of 3", "warm-up run 3 of 3", "warm run 1 of 1"]) == [
+        "warm-up runs 2 to 3 of 3", "warm run 1 of 1",
+    ]  # fmt: skip
+    assert _summed_up([]) == []
 
 
 def test_no_layers_say_why() -> None:
