@@ -105,6 +105,13 @@ def main(path: Path, checkpoint: Path, update: bool, runs: int, only: str | None
         baseline = read_baseline(path) if path.exists() else None
     else:
         baseline = read_baseline(path, names)
+    if only is not None and baseline is not None and baseline.machine not in ("", report.machine()):
+        raise RequestError(
+            f"some of the ratios in {path} would be of another machine than the rest.",
+            received=report.machine(),
+            expected=baseline.machine,
+            fix="leave --only out to store all of them, or give another file with --baseline",
+        )
     if not checkpoint.is_dir():
         raise RequestError(
             f"there is no checkpoint at {checkpoint}.",

@@ -96,7 +96,7 @@ def stages(profile: Profile) -> str:
     most = max(stage.load.median_ms if stage.load else 0.0 for stage in summary.stages)
     content = f"<h3>Running, per video</h3>{bar_rows(rows, longest)}"
     content += f"<h3>Loading, when they are loaded</h3>{bar_rows(loads, most)}"
-    return section("Stages", f"Medians of {summary.temperature} runs.", content)
+    return section("Stages", f"Medians of {summary.temperature} runs; shares are of all stages' calls.", content)
 
 
 def blocks(profile: Profile) -> str:

@@ -142,6 +142,17 @@ def test_several_runs_give_the_tolerance(run: Callable[..., Result]) -> None:
     assert kept == {"ratio": 0.6, "tolerance": 0.3, "spread": 0.1, "runs": 3}
 
 
+def test_a_baseline_is_of_one_machine(run: Callable[..., Result]) -> None:
+    ratios = {STEP: entry(0.5), LOOP: entry(0.1)}
+    Path("baseline.json").write_text(json.dumps({"schema": SCHEMA, "machine": "an abacus, 10 cores", "ratios": ratios}))
+    groups = (fake(STEP, (0.8,)), fake(LOOP, (0.1,)))
+    said = error_of(run(groups, "--update", "--only", "int8"))
+    assert "would be of another machine than the rest" in said
+    assert "expected: an abacus, 10 cores" in said
+    assert json.loads(Path("baseline.json").read_text())["ratios"] == ratios
+    assert run(groups, "--update").exit_code == 0
+
+
 def test_runs_that_agree_leave_some_tolerance() -> None:
     assert spread_entry([1.0, 1.0, 1.01]) == Entry(1.0, LEAST_TOLERANCE, 0.01, 3)
 
