@@ -18,6 +18,7 @@ says what growth would have been missed.
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import sys
@@ -124,9 +125,13 @@ def soak(bundle: Path, requests: int = 200, memory_budget: str | None = None, se
     with Pipeline.open(bundle, check=Check.SIZES, memory_budget=memory_budget, memo_bytes=MEMO_BYTES) as pipeline:
         warm_up = _warm_up(pipeline)
         started = time.monotonic()
-        for number in range(requests):
-            ends[number] = _OUTCOMES.index(_one(pipeline, draw))
-            notes[number] = _look(time.monotonic() - started, len(pipeline.statistics().resident_bytes))
+        gc.freeze()  # so that looking takes no longer where a program has loaded much
+        try:
+            for number in range(requests):
+                ends[number] = _OUTCOMES.index(_one(pipeline, draw))
+                notes[number] = _look(time.monotonic() - started, len(pipeline.statistics().resident_bytes))
+        finally:
+            gc.unfreeze()
         counts = pipeline.statistics()
     samples = tuple(
         Sample(round(row[0], 3), int(row[1]), _OUTCOMES[end], *(int(value) for value in row[2:]))
@@ -234,9 +239,11 @@ def _ended(
 def _look(seconds: float, loaded: int) -> tuple[float, ...]:
     """Return what :data:`_KEPT` names.
 
-    CPython's cache of attributes has 4096 places by the address of a name, and C code that asks for ``"view"`` makes a
-    new name each time. It is emptied first: it fills for a thousand requests, to a quarter of a megabyte and no further.
+    What CPython keeps for itself is given back first: lists of free objects, and a cache of attributes with 4096 places
+    by the address of a name, which C code that makes a new name for each look fills for a thousand requests, to a
+    quarter of a megabyte and no further.
     """
+    gc.collect()
     sys._clear_type_cache()
     fields = status_fields(Path("/proc/self/status"))
     return (
