@@ -16,7 +16,7 @@ from reelforge.runtime.errors import RequestError
 from reelforge.runtime.recipe import Target, VideoShape
 from reelforge.tools import console
 from reelforge.tools.attention_options import sparse_attention_of, sparse_build_options
-from reelforge.tools.build_report import node_table, quality_table, shown
+from reelforge.tools.build_report import node_table, quality_table, shown, whole_of
 from reelforge.tools.quantisation_options import (
     attention_of,
     calibration_options,
@@ -136,7 +136,11 @@ if TYPE_CHECKING:
     "By default half of the machine's.",
 )
 @click.option("--plan", "only_plan", is_flag=True, help="Only predict what this build costs (see `reelforge plan`).")
-@click.option("--verify", is_flag=True, help="Run each stage against its PyTorch reference and store the difference.")
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Run each stage against its PyTorch reference and store the difference; the gate measures what is in 8 bits.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout; no progress.")
 @click.pass_context
 def build_engine(
@@ -303,6 +307,7 @@ def _as_json(manifest: Manifest, output: Path, seconds: float, finished: dict[st
         "stages": {
             entry.name: {
                 "weights_bytes": sum(weight.length for weight in entry.weights),
+                "weights_of": None if (whole := whole_of(entry, manifest.stages)) is None else whole.name,
                 "nodes": entry.nodes,
                 "parity": entry.parity,
                 "tolerance": entry.tolerance,

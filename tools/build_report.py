@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,7 @@ def shown(hidden: bool, on_stage: Callable[[StageEntry], None]) -> Iterator[Buil
     )
     with Progress(*columns, console=terminal, disable=hidden, transient=True) as bars:
         tasks: dict[str, TaskID] = {}
+        finished: list[StageEntry] = []
 
         def update(name: str, done: int, total: int, amount: str) -> None:
             if name not in tasks:
@@ -49,13 +50,23 @@ def shown(hidden: bool, on_stage: Callable[[StageEntry], None]) -> Iterator[Buil
 
         def stage_done(entry: StageEntry) -> None:
             on_stage(entry)
+            whole = whole_of(entry, finished)
+            finished.append(entry)
             if not hidden:
-                nodes = ", ".join(f"{count} {operator}" for operator, count in list(entry.nodes.items())[:4])
+                kinds = [f"{count} {operator}" for operator, count in entry.nodes.items()]
+                nodes = ", ".join([*kinds[:4], *(["..."] if kinds[4:] else [])])
                 total = sum(entry.nodes.values())
                 size = console.format_bytes(sum(weight.length for weight in entry.weights))
-                terminal.print(f"[bold]{entry.name:>12}[/bold]  {size:>10} weights  {total} nodes ({nodes}, ...)")
+                weights = f"{size:>10} weights" if whole is None else f"{size:>10} of {whole.name}'s"
+                terminal.print(f"[bold]{entry.name:>12}[/bold]  {weights}  {total} nodes ({nodes})")
 
         yield BuildEvents(weights=weights, work=work, stage=stage_done, notice=console.print_notice)
+
+
+def whole_of(entry: StageEntry, others: Iterable[StageEntry]) -> StageEntry | None:
+    """Return the stage of which ``entry`` is another view: whose weights, the very bytes, include all of its own."""
+    own = set(entry.weights)
+    return next((other for other in others if own and own < set(other.weights)), None)
 
 
 def node_table(manifest: Manifest) -> Table:

@@ -22,7 +22,7 @@ from reelforge.runtime.errors import RequestError
 from reelforge.runtime.manifest import Manifest, StageEntry
 from reelforge.runtime.request import default_shape
 from reelforge.tools import console
-from reelforge.tools.build_report import quality_table
+from reelforge.tools.build_report import quality_table, whole_of
 from reelforge.tools.inspect_diff import compare_bundles
 from reelforge.tools.inspect_diff_tables import difference
 from reelforge.tools.inspect_receipts import (
@@ -35,6 +35,7 @@ from reelforge.tools.inspect_receipts import (
     read_receipts,
 )
 
+_CODES = ("I8", "F8_E4M3")
 _NUMBERS = {"weights", "tensors", "parity", "limit"}
 
 
@@ -120,6 +121,7 @@ def _stage_summary(manifest: Manifest, entry: StageEntry, receipts: Sequence[Pla
         "graph": entry.graph,
         "graph_digest": entry.graph_digest,
         "precision": _precision(manifest, entry),
+        "weights_of": None if (whole := whole_of(entry, manifest.stages)) is None else whole.name,
         "inputs": to_json(entry.inputs),
         "outputs": to_json(entry.outputs),
         "weights": len(entry.weights),
@@ -138,8 +140,32 @@ def weights_bytes(entry: StageEntry) -> int:
 
 
 def _precision(manifest: Manifest, entry: StageEntry) -> str:
-    precision = manifest.recipe.precision.get(entry.name)
+    """Return a stage's precision; a recipe says of a view only what it has beside the 8-bit layers of the whole."""
+    whole = whole_of(entry, manifest.stages)
+    in_codes = any(weight.dtype in _CODES for weight in entry.weights)
+    precision = manifest.recipe.precision.get(entry.name if whole is None or not in_codes else whole.name)
     return precision.value if precision is not None else "unstated"
+
+
+def _asked(manifest: Manifest) -> list[tuple[str, str]]:
+    """Return what the recipe says beyond stages and shapes, and only if it says something."""
+    recipe = manifest.recipe
+    said = []
+    if recipe.attention is not None:
+        said.append(("attention", f"{recipe.attention.value}, of dit"))
+    if recipe.sparse_attention is not None:
+        sparse = recipe.sparse_attention
+        blocks = f"{sparse.query_block} queries and {sparse.key_block} keys"
+        said.append(("sparse attention", f"{sparse.kind.value}, blocks of {blocks}"))
+    if recipe.quantised_stages():
+        said.append(("beside 8 bits", recipe.high_precision.value))
+    for stage, patterns in recipe.kept.items():
+        said.append(("kept", f"{stage}: {', '.join(patterns)} in {recipe.high_precision.value}"))
+    if recipe.batch > 1:
+        said.append(("videos per call", str(recipe.batch)))
+    if manifest.step_cache is not None:
+        said.append(("step cache", f"{manifest.step_cache}, for requests that say nothing"))
+    return said
 
 
 def _print(bundle: Bundle, check: Check) -> None:
@@ -155,6 +181,7 @@ def _print(bundle: Bundle, check: Check) -> None:
         ("model", manifest.spec.family),
         ("target", str(manifest.target)),
         ("shapes", f"{shapes}; default {default_shape(manifest)} (height x width x frames)"),
+        *_asked(manifest),
         ("content", manifest.content_digest),
         ("template", f"{manifest.prompt_template.source}, crops {manifest.prompt_template.crop_start} tokens"),
         *sorted(manifest.provenance.items()),
@@ -176,10 +203,12 @@ def _stage_table(manifest: Manifest) -> Table:
     for column in ("stage", "precision", "weights", "tensors", "parity", "limit", "digest"):
         table.add_column(column, no_wrap=True, justify="right" if column in _NUMBERS else "left")
     for entry in manifest.stages:
+        whole = whole_of(entry, manifest.stages)
+        size = console.format_bytes(weights_bytes(entry))
         table.add_row(
             entry.name,
             _precision(manifest, entry),
-            console.format_bytes(weights_bytes(entry)),
+            size if whole is None else f"{size} of {whole.name}'s",
             str(len(entry.weights)),
             "unknown" if entry.parity is None else f"{entry.parity:.1e}",
             "" if entry.tolerance is None else f"{entry.tolerance:.0e}",
