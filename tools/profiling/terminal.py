@@ -135,8 +135,10 @@ def _comparison_table(profile: Profile) -> Table:
     names = [escape(name) for name in (profile.work.bundle, other)]  # names may have brackets, as rich's marks do
     title = f"{names[1]} beside {names[0]}, {comparison.rounds} rounds"
     table = _table(title, "", *names, "ratio", f"{comparison.confidence:.0%} interval", "")
+    for column in (table.columns[0], *table.columns[3:]):  # where it is narrow, the bundles' names are folded
+        column.no_wrap = True
     for ratio in comparison.ratios:
-        between = "" if ratio.low is None else f"{ratio.low:.2f} to {ratio.high:.2f}"
+        between = "" if ratio.low is None else f"{ratio.low:.2f}-{ratio.high:.2f}"
         times = (f"{ratio.bundle_ms:.1f}", f"{ratio.other_ms:.1f}")
         table.add_row(ratio.what, *times, f"{ratio.ratio:.2f}", between, verdict(ratio))
     return table

@@ -16,7 +16,7 @@ from reelforge.tools.profiling.report_html import report
 from reelforge.tools.profiling.report_steps import counted_runs, median_run
 from reelforge.tools.profiling.report_style import PALETTE, TEXT_ON
 from reelforge.tools.profiling.schema import Advice, Profile
-from reelforge.tools.profiling.schema_work import Machine
+from reelforge.tools.profiling.schema_work import Machine, Ratio
 from reelforge.tools.profiling.terminal import show
 from reelforge.tools.profiling.trace import trace_of
 from reelforge.tools.profiling.work import machine_words
@@ -180,6 +180,18 @@ def test_the_terminal_says_what_would_help_once(capsys: pytest.CaptureFixture[st
     assert "other[red].bundle beside my[bold].bundle" in shown
     assert "· do this (2 of the largest layers; saves at most 15 ms)" in shown
     assert "· do [that] (loading)" in shown
+
+
+def test_a_comparison_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    made = profile()
+    assert made.comparison is not None
+    ratios = (Ratio("video", 0.94, 0.87, 1.01, 399.1, 361.4), Ratio("vae_decoder", 0.73, 0.05, 10.52, 3.8, 1.3))
+    show(replace(made, comparison=replace(made.comparison, ratios=ratios)), Console(width=80))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "no difference shown" in line]
+    assert lines == [
+        ["video", "399.1", "361.4", "0.94", "0.87-1.01", "no", "difference", "shown"],
+        ["vae_decoder", "3.8", "1.3", "0.73", "0.05-10.52", "no", "difference", "shown"],
+    ]
 
 
 def test_the_median_run_is_one_that_counts() -> None:
