@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from reelforge.tools.bench import runtime_soak
 from reelforge.tools.bench.runtime_soak import soak, trend_of
 from tests.runtime.fake_bundle import write_fake_bundle
 
@@ -54,3 +56,18 @@ def test_a_short_soak(tmp_path: Path) -> None:
     assert len(result.outcomes) >= 3
     assert not result.trends["descriptors"].grows
     assert result.loads == 6, "not even a request that fails costs a stage"
+
+
+def test_a_process_that_grows_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_fake_bundle(tmp_path / "fake.bundle")
+    kept: list[bytes] = []
+
+    def leaking(pipeline: object, draw: random.Random) -> str:
+        kept.append(draw.randbytes(300_000))
+        return "finished"
+
+    monkeypatch.setattr(runtime_soak, "_warm_up", lambda pipeline: 0)
+    monkeypatch.setattr(runtime_soak, "_one", leaking)
+    result = soak(tmp_path / "fake.bundle", requests=60)
+    assert result.trends["anonymous_bytes"].grows
+    assert not result.passed
