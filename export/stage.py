@@ -8,8 +8,9 @@ and no ONNX.
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -87,8 +88,14 @@ class Part:
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the module's own parameters and their shapes; nothing is allocated."""
-        with torch.device("meta"):
-            return {name: tuple(parameter.shape) for name, parameter in self.build().named_parameters()}
+        return dict(_shapes(self.build))  # type: ignore[arg-type]  # classes and partials are hashed by identity
+
+
+@functools.lru_cache(maxsize=128)
+def _shapes(build: Callable[[], nn.Module]) -> Mapping[str, tuple[int, ...]]:
+    """What a module has; asked for again and again, by everything that cuts, places or assembles stages."""
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in build().named_parameters()}
 
 
 @dataclass(frozen=True)

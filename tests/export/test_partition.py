@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from reelforge.export.reference import run_stage
 from reelforge.export.stage import Stage
 from reelforge.runtime.manifest import WeightEntry
 from reelforge.runtime.recipe import Precision
+from reelforge.runtime.spec import ModelSpec
 from tests.bundles import CPU, TraceMemory
 from tests.export.tiny_stages import TinyStages
 
@@ -32,20 +35,21 @@ def tiny(tiny_checkpoint: Path) -> TinyStages:
     return TinyStages.open(tiny_checkpoint)
 
 
-def stages(tiny: TinyStages, batch: int) -> Mapping[str, Stage]:
-    return {stage.name: stage for stage in hunyuan_video_stages(tiny.spec, batch)}
+@functools.cache
+def stages(spec: ModelSpec, batch: int) -> Mapping[str, Stage]:
+    return {stage.name: stage for stage in hunyuan_video_stages(spec, batch)}
 
 
 def sizes(stage: Stage) -> dict[str, int]:
-    return {name: int(np.prod(shape)) * 2 for name, shape in stage.parameter_shapes().items()}
+    return {name: math.prod(shape) * 2 for name, shape in stage.parameter_shapes().items()}
 
 
 def blocks(stage: Stage) -> int:
     """The bytes of the largest block, which no limit can divide."""
-    largest = 0
+    largest, bytes_of = 0, sizes(stage)
     for part in stage.parts:
         own = part.parameter_shapes()
-        each = [sum(sizes(stage)[prefix + name] for name in own) for prefix in part.prefixes()]
+        each = [sum(bytes_of[prefix + name] for name in own) for prefix in part.prefixes()]
         largest = max(largest, *each)
     return largest
 
@@ -57,10 +61,11 @@ def blocks(stage: Stage) -> int:
 )
 @settings(deadline=None)
 def test_parts_are_the_stage_in_order(tiny: TinyStages, name: str, batch: int, share: float) -> None:
-    stage = stages(tiny, batch)[name]
-    total = sum(sizes(stage).values())
+    stage = stages(tiny.spec, batch)[name]
+    bytes_of, largest = sizes(stage), blocks(stage)
+    total = sum(bytes_of.values())
     limit = int(total * share) + 1
-    parts = partition(stage, sizes(stage), limit)
+    parts = partition(stage, bytes_of, limit)
     assert [key for part in parts for key in part.parameter_shapes()] == list(stage.parameter_shapes())
     assert (len(parts) == 1) == (parts == (stage,))
     if len(parts) > 1:
@@ -69,7 +74,7 @@ def test_parts_are_the_stage_in_order(tiny: TinyStages, name: str, batch: int, s
     for part in parts:
         assert set(part.inputs) <= known
         assert not set(part.inputs) & set(part.outputs)
-        assert sum(sizes(stage)[key] for key in part.parameter_shapes()) <= max(limit, blocks(stage))
+        assert sum(bytes_of[key] for key in part.parameter_shapes()) <= max(limit, largest)
         known |= set(part.outputs)
     assert set(stage.outputs) <= known
     made = [output for part in parts for output in part.outputs]
