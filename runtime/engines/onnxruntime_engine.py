@@ -62,10 +62,11 @@ class OnnxRuntimeEngine:
         self.outputs: Mapping[str, TensorInfo] = {info.name: info for info in entry.outputs}
         self._session: Any | None = session
         self._runtime = runtime
-        self._run_options = runtime.RunOptions()
-        self._run_options.log_severity_level = _SILENT
+        self._arena = arena
+        self._keeping = _run_options(runtime)
+        self._returning = _run_options(runtime)
         if arena:  # a stage that waits holds its weights and no activations
-            self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+            self._returning.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
     def run(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array | None] | None = None) -> dict[str, Array]:
         """Compute the outputs (see :class:`reelforge.runtime.engines.engine.Engine`)."""
@@ -118,12 +119,13 @@ class OnnxRuntimeEngine:
             return self.value(array)
         return self._runtime.OrtValue.ortvalue_from_numpy(array, self._device.kind, self._device.index)
 
-    def launch(self, binding: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def launch(self, binding: Any, shapes: Mapping[str, tuple[int, ...]], keep_arena: bool = False) -> None:
         """Run on what is bound.
 
         Args:
             binding: From :meth:`binding`, with all inputs and the wanted outputs.
             shapes: Of the inputs, for the message.
+            keep_arena: Whether the blocks of the arena stay for the next run, until :meth:`return_arena`.
 
         Raises:
             OutOfMemoryError: If there is too little memory.
@@ -132,7 +134,7 @@ class OnnxRuntimeEngine:
         if self._session is None:
             raise EngineError(f"stage {self.name!r} was run after its engine was closed.")
         try:
-            self._session.run_with_iobinding(binding, self._run_options)
+            self._session.run_with_iobinding(binding, self._keeping if keep_arena else self._returning)
         except _exceptions(self._runtime) as error:
             received = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
             if _is_about_memory(error):
@@ -142,6 +144,27 @@ class OnnxRuntimeEngine:
             raise EngineError(
                 f"stage {self.name!r} failed in ONNX Runtime.", received=received, fix=_first_line(error)
             ) from error
+
+    def return_arena(self, binding: Any) -> None:
+        """Give the blocks of the arena back to the system after runs by :meth:`launch` that kept them.
+
+        ONNX Runtime does so only at the end of a run, so one is begun that ends before its first operator.
+
+        Args:
+            binding: What was bound for those runs.
+        """
+        if not self._arena or self._session is None:
+            return
+        self._returning.terminate = True
+        try:
+            self._session.run_with_iobinding(binding, self._returning)
+        except _exceptions(self._runtime) as error:
+            if "terminate flag" not in str(error):
+                raise EngineError(
+                    f"stage {self.name!r} could not give memory back in ONNX Runtime.", received=_first_line(error)
+                ) from error
+        finally:
+            self._returning.terminate = False
 
     def close(self) -> None:
         """Release the session and its weights."""
@@ -276,6 +299,12 @@ def _check_signature(entry: StageEntry, session: Any) -> None:
                 expected=", ".join(f"{name} {kind}" for name, kind in stated.items()),
                 fix="rebuild the bundle with build-engine",
             )
+
+
+def _run_options(runtime: ModuleType) -> Any:
+    options = runtime.RunOptions()
+    options.log_severity_level = _SILENT
+    return options
 
 
 def _exceptions(runtime: ModuleType) -> tuple[type[Exception], ...]:

@@ -61,7 +61,7 @@ class OnnxRuntimeLoop:
         binding = self._bindings[self._written]
         for name, value in self._rows[step] if self._rows else ():
             binding.bind_ortvalue_input(name, value)
-        self._engine.launch(binding, self._shapes)
+        self._engine.launch(binding, self._shapes, keep_arena=True)
         self._written = 1 - self._written
 
     def latents(self) -> Array:
@@ -71,7 +71,9 @@ class OnnxRuntimeLoop:
         return self._buffers[self._written]
 
     def close(self) -> None:
-        """Let go of the bindings."""
+        """Give the memory of the steps back, and let go of the bindings."""
+        if self._bindings:
+            self._engine.return_arena(self._bindings[self._written])
         self._bindings.clear()
         self._rows.clear()
 

@@ -47,9 +47,11 @@ def gate_on_engines(patch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate = Gate()
     launch, create = OnnxRuntimeEngine.launch, module.OnnxRuntimeEngine.__init__
 
-    def counted_launch(engine: OnnxRuntimeEngine, binding: object, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def counted_launch(
+        engine: OnnxRuntimeEngine, binding: object, shapes: Mapping[str, tuple[int, ...]], keep_arena: bool = False
+    ) -> None:
         gate.pass_through(engine.name)
-        launch(engine, binding, shapes)
+        launch(engine, binding, shapes, keep_arena)
 
     def counted_load(engine: OnnxRuntimeEngine, name: str, *arguments: object) -> None:
         gate.loads[name] += 1
