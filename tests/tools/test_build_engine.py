@@ -55,6 +55,7 @@ def test_the_same_inputs_give_the_same_bytes(tiny_checkpoint: Path, tiny_bundle:
     assert value["stages"] == {
         stage.name: {
             "weights_bytes": sum(weight.length for weight in stage.weights),
+            "weights_of": None,
             "nodes": stage.nodes,
             "parity": None,
             "tolerance": 2e-5,

@@ -130,6 +130,7 @@ def measure(bundle: Path, what: str, dit: str, size: tuple[int, int, int] | None
             request = Request(PROMPT, height, width, frames, steps=steps, seed=seed)
             taken = step_seconds(lambda request=request: pipeline.stream(request))  # type: ignore[misc]
             engine = pipeline.watched.seconds if pipeline.watched is not None else [0.0] * len(taken)
+            engine = engine[: len(taken)]  # behind the last step the loop's memory is given back
             # The first step's time contains loading the engine.
             outside += [all_s - engine_s for all_s, engine_s in zip(taken, engine, strict=True)][FIRST_STEPS:]
             inside += engine[FIRST_STEPS:]
