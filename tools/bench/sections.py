@@ -19,6 +19,8 @@ from reelforge.tools.bench import report
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+_STATES, _STEAL = 8, 7  # of "cpu" in /proc/stat: those behind are guests', which are contained in "user" and "nice"
+
 
 @dataclass(frozen=True)
 class Fragment:
@@ -30,6 +32,8 @@ class Fragment:
         date: When.
         minutes: How long it took.
         settings: Counts and repeats, in words.
+        stolen: Of the processors' time meanwhile, what a virtual machine's host gave to others; None where it is not
+            known.
     """
 
     lines: list[str]
@@ -37,6 +41,7 @@ class Fragment:
     date: str
     minutes: float
     settings: str
+    stolen: float | None = None
 
 
 def chosen(titles: Collection[str]) -> Callable[[click.Context, click.Parameter, str], tuple[str, ...]]:
@@ -110,13 +115,30 @@ def measure_all(
 
 def measure(name: str, section: Callable[[], list[str]], settings: str, work: Path) -> Fragment:
     """Measure one section and keep its fragment in ``work``."""
-    started, commit = time.monotonic(), report.commit()
+    started, commit, before = time.monotonic(), report.commit(), processor_times()
     lines = section()
     minutes = (time.monotonic() - started) / 60
+    stolen = stolen_share(before, processor_times())
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    fragment = Fragment(lines, commit, today, minutes, settings)
+    fragment = Fragment(lines, commit, today, minutes, settings, stolen)
     (work / f"{name}.json").write_text(json.dumps(asdict(fragment), indent=1), encoding="utf-8")
     return fragment
+
+
+def processor_times(stat: Path = Path("/proc/stat")) -> list[int] | None:
+    """Return how long all processors were in each state, in ticks (proc(5)); None where it is not told."""
+    try:
+        return [int(number) for number in stat.read_text(encoding="utf-8").splitlines()[0].split()[1:]]
+    except OSError:
+        return None
+
+
+def stolen_share(before: Sequence[int] | None, after: Sequence[int] | None) -> float | None:
+    """Return what a virtual machine's host gave to others between two :func:`processor_times`, from 0 to 1."""
+    if before is None or after is None:
+        return None
+    passed = [late - early for early, late in zip(before, after, strict=True)][:_STATES]
+    return passed[_STEAL] / sum(passed) if sum(passed) > 0 else None
 
 
 def read(folder: Path, titles: Collection[str]) -> dict[str, Fragment]:
@@ -137,5 +159,7 @@ def document(head: Sequence[str], titles: Mapping[str, str], fragments: Mapping[
             continue
         fragment = fragments[name]
         about = f"commit {fragment.commit}, {fragment.date}, {fragment.settings}, {fragment.minutes:.0f} minutes"
+        if fragment.stolen is not None:
+            about += f", {fragment.stolen * 100:.1f} % of the processors' time taken by the virtual machine's host"
         lines += [f"*Measured at {about}.*", "", *fragment.lines]
     return lines
