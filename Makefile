@@ -97,7 +97,7 @@ bench-check: $(STAMP) ## Compare ratios of times with benchmarks/baseline.json (
 	"$(BIN)/python" -m reelforge.tools.bench.check
 
 profile-pictures: $(STAMP) out/demo.bundle/manifest.json ## Make the pictures of docs/profiling.md anew (needs Chromium)
-	"$(BIN)/reelforge" profile out/demo.bundle -o out/demo.profile --repeats 9 --warmup 2 --step-cache easycache:0.05
+	"$(BIN)/reelforge" profile out/demo.bundle -o out/demo.profile --repeats 9 --warmup 2 --step-cache easycache:0.12
 	"$(BIN)/python" -m reelforge.tools.profiling.pictures out/demo.profile/report.html -o docs/images
 
 train-demo: $(STAMP) ## Train the demo checkpoint again (about an hour on two cores)
