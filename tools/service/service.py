@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import os
 import secrets
 import threading
 from collections.abc import Callable
@@ -246,8 +247,8 @@ class Service:
             record = self.get(caller, job_id)
         return self.shown(record)
 
-    def content(self, caller: str, job_id: str) -> Path:
-        """Return where the video is.
+    def content(self, caller: str, job_id: str) -> tuple[Path, os.stat_result]:
+        """Return where the video is, and what the file system says of it.
 
         Raises:
             ServiceError: 404, 409 as long as there is none, 410 when it was deleted.
@@ -256,9 +257,13 @@ class Service:
         if record.status != "completed":
             raise ServiceError(409, "not_completed", f"there is no video: the job is {record.status}")
         path = self._videos.video(job_id)
-        if not record.has_file or not path.is_file():
-            raise ServiceError(410, "expired", "the video was deleted")
-        return path
+        deleted = ServiceError(410, "expired", "the video was deleted")
+        if not record.has_file:
+            raise deleted
+        try:
+            return path, path.stat()
+        except FileNotFoundError as error:
+            raise deleted from error
 
     def shown(self, record: Record) -> Job:
         """Return a job as callers see it."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from reelforge.runtime.errors import CancelledError, EngineError, OutOfMemoryError
+from reelforge.tools.service.settings import Settings
 from tests.tools.service.conftest import Serve
 from tests.tools.service.fake_backend import WAIT_S, FakeBackend
 from tests.tools.service.waiting import SMALL, ended, submit, wait_until
@@ -101,6 +102,15 @@ def test_deleting_a_finished_video(serve: Serve) -> None:
     gone = client.get(f"/v1/videos/{job_id}/content")
     assert (gone.status_code, gone.json()["error"]["code"]) == (410, "expired")
     assert client.get("/v1/videos").json()["data"] == []
+
+
+def test_a_file_that_is_gone_before_its_record(serve: Serve, settings: Settings) -> None:
+    client = serve()
+    job_id = submit(client)
+    ended(client, job_id)
+    (settings.data / "videos" / f"{job_id}.mp4").unlink()  # retention's first half
+    gone = client.get(f"/v1/videos/{job_id}/content")
+    assert (gone.status_code, gone.json()["error"]["code"]) == (410, "expired")
 
 
 @pytest.mark.parametrize(
