@@ -5,6 +5,7 @@ The module knows no operator: a pass says which nodes it looks at, and what it f
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Generic, TypeVar
 
 import onnx_ir as ir
@@ -27,17 +28,17 @@ class LoweringPass(InPlacePass, Generic[Found]):
         super().__init__()
         self.refused: dict[str, str] = {}
 
+    @abstractmethod
     def concerns(self, node: ir.Node) -> bool:
         """Whether the pass looks at a node."""
-        raise NotImplementedError
 
+    @abstractmethod
     def find(self, node: ir.Node) -> Found | str:
         """Return what is to be replaced, or why it stays."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lower(self, graph: ir.Graph, node: ir.Node, found: Found) -> None:
         """Replace a node."""
-        raise NotImplementedError
 
     def call(self, model: ir.Model) -> PassResult:
         """Lower each node that can be."""
