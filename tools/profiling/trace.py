@@ -68,23 +68,14 @@ def _run_events(record: RunRecord, process: int, label: str) -> Iterator[dict[st
             "args": {"stage": span.stage, **({"bytes": span.bytes} if span.bytes else {})},
         }
     for sample in record.memory:
-        yield {
-            "name": "resident memory",
-            "ph": "C",
-            "ts": round(sample.at_ms * 1e3, 3),
-            "pid": process,
-            "tid": 0,
-            "args": {"anonymous": sample.anonymous_bytes, "file-backed": sample.file_bytes},
-        }
+        held = {"anonymous": sample.anonymous_bytes, "file-backed": sample.file_bytes}
+        yield _counter("resident memory", process, sample.at_ms, held)
         if sample.device_bytes is not None:
-            yield {
-                "name": "GPU memory in use",
-                "ph": "C",
-                "ts": round(sample.at_ms * 1e3, 3),
-                "pid": process,
-                "tid": 0,
-                "args": {"in use": sample.device_bytes},
-            }
+            yield _counter("GPU memory in use", process, sample.at_ms, {"in use": sample.device_bytes})
+
+
+def _counter(name: str, process: int, at_ms: float, values: dict[str, int]) -> dict[str, Any]:
+    return {"name": name, "ph": "C", "ts": round(at_ms * 1e3, 3), "pid": process, "tid": 0, "args": values}
 
 
 def _layer_events(profile: Profile, process: int) -> Iterator[dict[str, Any]]:
