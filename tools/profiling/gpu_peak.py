@@ -77,7 +77,7 @@ def measure_gpu_peak(provider: Provider, name: str) -> Peak:
         measured=True,
         source=f"the fastest of several products of {_SIZE}x{_SIZE} matrices, {_IN_A_ROW} in a row (1 in int8), and of "
         f"{_IN_A_ROW} negations of {4 * _ELEMENTS >> 20} MiB, by {provider.names[0]} with its default for fp32, which "
-        "may be TF32; a precision that is absent has no kernel there",
+        "may be TF32; a precision that is absent has no kernel there, or no memory",
     )
 
 
