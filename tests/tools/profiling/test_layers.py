@@ -15,6 +15,7 @@ import pytest
 from reelforge.runtime.bundle.open import Bundle, Check
 from reelforge.runtime.engines.engine import EngineOptions
 from reelforge.runtime.engines.narrow_weights import SETTINGS
+from reelforge.runtime.engines.onnxruntime_library import EXACT_PRODUCTS
 from reelforge.runtime.request import Request
 from reelforge.tools.profiling import layers_onnxruntime
 from reelforge.tools.profiling.instrument import ProfilingPipeline
@@ -121,7 +122,7 @@ def test_where_only_the_runtime_is_installed_nothing_is_counted_and_that_is_said
 
 
 def test_layers_are_profiled_as_engines_run(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[bool, bool]] = []
+    asked: list[tuple[bool, bool, bool]] = []
 
     class Settings(onnxruntime.SessionOptions):
         """Remembers what is added: asking for an entry that is not there is an error."""
@@ -134,7 +135,8 @@ def test_layers_are_profiled_as_engines_run(bundle: Bundle, monkeypatch: pytest.
         SessionOptions = Settings
 
         def InferenceSession(self, graph: str, settings: Settings, providers: list[str]) -> object:
-            asked.append((settings.enable_cpu_mem_arena, set(SETTINGS) <= set(settings.names)))
+            names = set(settings.names)
+            asked.append((settings.enable_cpu_mem_arena, set(SETTINGS) <= names, set(EXACT_PRODUCTS) <= names))
             raise RuntimeError("seen enough")
 
     monkeypatch.setattr(layers_onnxruntime, "import_onnxruntime", Library)
@@ -142,7 +144,7 @@ def test_layers_are_profiled_as_engines_run(bundle: Bundle, monkeypatch: pytest.
         monkeypatch.setattr(layers_onnxruntime, "widens_in_the_run", lambda entry, _widening: entry.name == "llm")
         with pytest.raises(RuntimeError, match="seen enough"):
             profile_stage(bundle, stage, {}, OPTIONS, repeats=1)
-    assert asked == [(True, False), (False, False), (False, True)]
+    assert asked == [(True, False, True), (False, False, True), (False, True, True)]
 
 
 def test_bytes_are_at_least_the_weights(bundle: Bundle, stages: Stages) -> None:
