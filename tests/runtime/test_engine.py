@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from reelforge.runtime.bundle.open import Bundle
@@ -19,6 +20,7 @@ from reelforge.runtime.engines.engine import EngineOptions
 from reelforge.runtime.engines.onnxruntime_engine import OnnxRuntimeEngine, engine_from_bytes, engine_from_onnx
 from reelforge.runtime.errors import EngineError
 from reelforge.runtime.manifest import StageEntry
+from reelforge.runtime.sampling import begin_loop
 from tests.runtime.fake_bundle import CHANNELS, SPEC, WIDTH, constant
 from tests.runtime.loops import run_loop
 
@@ -179,6 +181,38 @@ def test_a_loop_computes_what_single_runs_do(dit: OnnxRuntimeEngine, steps: int)
     np.testing.assert_array_equal(received, expected)
     np.testing.assert_array_equal(latents, kept)
     assert not np.array_equal(received, latents)
+
+
+@pytest.mark.parametrize("steps", [(1, 2, 3), (2, 3), (0, 0, 2, 1, 3)])
+def test_a_loop_may_begin_at_any_step(dit: OnnxRuntimeEngine, steps: tuple[int, ...]) -> None:
+    inputs = dit_inputs()
+    latents = inputs.pop("latents")
+    per_step = {name: np.multiply.outer(np.arange(1, 5, dtype=np.float32), array) for name, array in inputs.items()}
+    results = []
+    for engine in (dit, OnlyRuns(dit)):
+        with begin_loop(engine, latents, {}, per_step) as loop:  # type: ignore[arg-type]
+            for step in steps:
+                loop.advance(step)
+            results.append(loop.latents().copy())
+    np.testing.assert_array_equal(*results)
+
+
+def test_a_loop_binds_nothing_between_its_steps(dit: OnnxRuntimeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = dit_inputs()
+    latents = inputs.pop("latents")
+    loop = dit.loop(latents, {}, {name: np.stack([array] * 3) for name, array in inputs.items()})
+    bound = []
+    bind = onnxruntime.IOBinding.bind_ortvalue_input
+    monkeypatch.setattr(
+        onnxruntime.IOBinding,
+        "bind_ortvalue_input",
+        lambda binding, name, value: (bound.append(name), bind(binding, name, value)),
+    )
+    for step in range(3):
+        loop.advance(step)
+    assert bound == []
+    loop.advance(0)  # out of turn, its latents are in the other buffer
+    assert sorted(bound) == sorted(inputs)
 
 
 def test_a_loop_checks_its_arrays_before_the_first_step(dit: OnnxRuntimeEngine) -> None:

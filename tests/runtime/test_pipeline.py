@@ -203,7 +203,8 @@ def test_latents_that_become_not_finite_stop_the_loop_at_their_step(pipeline: Pi
 def test_finite_means_neither_nan_nor_infinite(value: float, finite: bool) -> None:
     values = np.ones((2, 3), np.float32)
     values[1, 1] = value
-    assert all_finite(values) is finite
+    with np.errstate(all="raise"):  # an overflow of what is computed from the values is nobody's matter
+        assert all_finite(values) is finite
 
 
 @pytest.mark.parametrize("name", ["nowhere/x.npy", "."])
