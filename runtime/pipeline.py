@@ -6,7 +6,6 @@ engines are in memory is decided in ``residency``, how a loop steps is in ``samp
 
 Each phase is a generator that yields what it has to say and returns what it made, so that whoever consumes
 :meth:`Pipeline.stream` decides when the next unit of work begins, and closing it is stopping.
-
 Letters: ``C`` channels, ``T`` ``H`` ``W`` latent frames, rows and columns, ``n`` steps.
 """
 
@@ -17,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -136,6 +134,10 @@ class Pipeline:
         sizes = video_sizes(self.spec, resolved.shape, resolved.steps)
         self._stages.check_budget(sizes, f"a video of {resolved.shape}")
         return resolved
+
+    def check_noise(self, request: ResolvedRequest, latents: FloatArray) -> None:
+        """Raise a ``RequestError`` if a caller's own noise does not have the request's shape, or is not finite."""
+        self.inputs.initial_latents(request, latents)
 
     def generate(
         self,
@@ -330,9 +332,7 @@ class Pipeline:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _generation(

@@ -20,7 +20,7 @@ import numpy as np
 
 from reelforge.runtime.control import Stop
 from reelforge.runtime.errors import CancelledError, DeadlineError, EngineError, RequestError
-from reelforge.runtime.events import Event, Frames, Pixels, Progress
+from reelforge.runtime.events import Event, FloatArray, Frames, Pixels, Progress
 from reelforge.runtime.request import Request, ResolvedRequest
 from reelforge.runtime.scheduling.event_log import EventLog
 
@@ -68,12 +68,22 @@ class Job:
         number: Counts up with every request of the pool.
         order: What was submitted.
         stop: Ends the job; its deadline counts from the submission.
+        noise: What the loop begins with instead of the seed's noise; None otherwise, and once the job has ended.
     """
 
-    def __init__(self, number: int, order: Order, stop: Stop, log: EventLog, withdraw: Callable[[Job], None]) -> None:
+    def __init__(
+        self,
+        number: int,
+        order: Order,
+        stop: Stop,
+        log: EventLog,
+        withdraw: Callable[[Job], None],
+        noise: FloatArray | None = None,
+    ) -> None:
         self.number = number
         self.order = order
         self.stop = stop
+        self.noise = noise
         self.prepared = False  # the pool's note that the prompt was encoded together with others
         self._log = log
         self._withdraw = withdraw
@@ -283,6 +293,7 @@ class Job:
             if self._ended_s is not None:
                 return False
             self._ended_s = time.monotonic()
+            self.noise = None
             self._error, self._state = error, _state_of(error)
             if error is not None:
                 self._video = None

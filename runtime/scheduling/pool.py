@@ -19,6 +19,7 @@ from typing import Self
 from reelforge.runtime.bundle.check import Check
 from reelforge.runtime.control import Stop
 from reelforge.runtime.errors import RequestError
+from reelforge.runtime.events import FloatArray
 from reelforge.runtime.latents_file import writable
 from reelforge.runtime.memo import Memos
 from reelforge.runtime.pipeline import MEMO_BYTES, Pipeline
@@ -74,7 +75,9 @@ class PipelinePool:
             for pipeline in pipelines:
                 pipeline.close()
             raise
-        self._resolve: Callable[[Request], ResolvedRequest] = pipelines[0].resolve  # the bundle's, as are all others'
+        # The bundle's, as are all others'.
+        self._resolve: Callable[[Request], ResolvedRequest] = pipelines[0].resolve
+        self._check_noise: Callable[[ResolvedRequest, FloatArray], None] = pipelines[0].check_noise
         policy, together = failures or FailurePolicy(), self.limits.encode_together
         self._threads = [threading.Thread(target=self._dispatch.keep_time, name="reelforge-timekeeper", daemon=True)]
         for slot, device, pipeline in zip(self._dispatch.slots, devices, pipelines, strict=True):
@@ -134,6 +137,7 @@ class PipelinePool:
         stream: bool = False,
         save_latents: str | Path | None = None,
         previews: bool = False,
+        latents: FloatArray | None = None,
     ) -> Job:
         """Queue a request.
 
@@ -148,6 +152,7 @@ class PipelinePool:
                 kept for ``job.result()``.
             save_latents: A ``.npy`` file for the final latents, written before decoding begins.
             previews: Show in the progress what the latents look like.
+            latents: Initial noise ``[1, C, T, H, W]`` float32 instead of the seed's; copied, kept until the job ends.
 
         Raises:
             RequestError: If the bundle does not support the request, or an argument makes no sense.
@@ -160,10 +165,13 @@ class PipelinePool:
         self._require_process()
         check_terms(caller, priority, deadline_s, block_s)
         resolved = self._resolve(request)
+        if latents is not None:
+            self._check_noise(resolved, latents)
+            latents = latents.copy()  # the caller may change it while the job waits
         saved = writable(save_latents)
         order = Order(request, resolved, caller, priority, _cost(resolved), stream, saved, previews)
         log = EventLog(self.limits.frames_ahead, self.limits.stall_s)
-        job = Job(next(self._numbers), order, Stop(deadline_s), log, self._dispatch.withdraw)
+        job = Job(next(self._numbers), order, Stop(deadline_s), log, self._dispatch.withdraw, latents)
         self._dispatch.add(job, block_s)
         return job
 

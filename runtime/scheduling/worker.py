@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 
 from reelforge.runtime.control import Stop
 from reelforge.runtime.errors import ReelforgeError
-from reelforge.runtime.events import Event
+from reelforge.runtime.events import Event, FloatArray
 from reelforge.runtime.request import Request, ResolvedRequest
 from reelforge.runtime.scheduling.dispatch import Dispatch, Slot
 from reelforge.runtime.scheduling.health import Health, blames_pipeline
@@ -31,10 +31,15 @@ class Generates(Protocol):
         """Check a request; called from any thread."""
         ...
 
+    def check_noise(self, request: ResolvedRequest, latents: FloatArray) -> None:
+        """Refuse noise that does not fit; called from any thread."""
+        ...
+
     def stream(
         self,
         request: Request,
         *,
+        latents: FloatArray | None = None,
         save_latents: str | Path | None = None,
         stop: Stop | None = None,
         previews: bool = False,
@@ -112,7 +117,13 @@ def _carry_out(dispatch: Dispatch, job: Job, pipeline: Generates, together: int)
     try:
         _prepare(dispatch, job, pipeline, together)
         order = job.order
-        events = pipeline.stream(order.request, save_latents=order.save_latents, stop=job.stop, previews=order.previews)
+        events = pipeline.stream(
+            order.request,
+            latents=job.noise,
+            save_latents=order.save_latents,
+            stop=job.stop,
+            previews=order.previews,
+        )
         with closing(events):
             for event in events:
                 job.take(event)

@@ -35,6 +35,10 @@ class ResumingPipeline:
         """Check a request."""
         return self._pipeline.resolve(request)
 
+    def check_noise(self, request: ResolvedRequest, latents: FloatArray) -> None:
+        """Refuse noise that does not fit."""
+        self._pipeline.check_noise(request, latents)
+
     def prepare(self, prompts: Sequence[str], stop: Stop | None = None) -> None:
         """Encode prompts of requests to come."""
         self._pipeline.prepare(prompts, stop)
@@ -47,19 +51,21 @@ class ResumingPipeline:
         self,
         request: Request,
         *,
+        latents: FloatArray | None = None,
         save_latents: str | Path | None = None,
         stop: Stop | None = None,
         previews: bool = False,
     ) -> Generator[Event, None, None]:
-        """Generate, or go on."""
+        """Generate, or go on with what an attempt left, which began with the same noise."""
         resolved = self.resolve(request)
         final = None if save_latents is None else Path(save_latents)
-        latents, step = (None, 0) if final is None else self._kept(final, resolved)
-        if latents is not None and step == resolved.steps:
+        kept, step = (None, 0) if final is None else self._kept(final, resolved)
+        if kept is not None and step == resolved.steps:
             _log.info("a video is decoded from kept latents")
-            return self._pipeline.stream_decode(latents, stop)
-        if latents is not None:
+            return self._pipeline.stream_decode(kept, stop)
+        if kept is not None:
             _log.info("sampling goes on at step %d of %d", step + 1, resolved.steps)
+            latents = kept
         return self._pipeline.stream(request, latents, save_latents, stop, previews, step)
 
     def _kept(self, final: Path, request: ResolvedRequest) -> tuple[FloatArray | None, int]:

@@ -78,16 +78,21 @@ class FakePipeline:
     def resolve(self, request: Request) -> ResolvedRequest:
         return resolve_request(request, self.world.manifest, "fake")
 
+    def check_noise(self, request: ResolvedRequest, latents: np.ndarray) -> None:
+        raise AssertionError("nobody passes noise to this one")
+
     def stream(
         self,
         request: Request,
         *,
+        latents: np.ndarray | None = None,
         save_latents: str | Path | None = None,
         stop: Stop | None = None,
         previews: bool = False,
     ) -> Generator[Event, None, None]:
         world, resolved = self.world, self.resolve(request)
         assert stop is not None
+        assert latents is None
         assert not self.is_closed
         world.inside[self] += 1
         try:

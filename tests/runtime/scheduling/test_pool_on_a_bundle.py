@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,6 +63,44 @@ def test_latents_are_saved_and_previews_shown(fake_bundle: Path, tmp_path: Path,
         steps = [event for event in job.events() if isinstance(event, Progress) and event.phase == "sampling"]
     assert np.load(tmp_path / "x.npy").shape == (1, 4, 4, 4, 6)
     assert all(step.preview is not None for step in steps)
+
+
+def test_noise_of_the_callers_own(fake_bundle: Path, gate: Gate) -> None:
+    noise = np.random.default_rng(5).standard_normal((1, 4, 4, 4, 6), np.float32)
+    with Pipeline.open(fake_bundle, threads=1) as pipeline:
+        expected = pipeline.generate(REQUEST, latents=noise)
+    with PipelinePool.open(fake_bundle, threads=1, check=Check.SIZES) as pool:
+        gate.hold("llm")
+        first = pool.submit(REQUEST)
+        assert gate.entered.wait(WAIT_S)
+        mine = noise.copy()
+        jobs = [pool.submit(REQUEST, caller=caller, latents=mine) for caller in ("ann", "ben")]
+        mine[:] = 0  # while they wait
+        gate.open()
+        for job in jobs:  # encoded together, sampled each from its own
+            np.testing.assert_array_equal(job.result(WAIT_S), expected)
+        assert not np.array_equal(first.result(WAIT_S), expected)
+        assert all(job.noise is None for job in jobs), "an ended job does not hold it"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda noise: noise[..., :-1], "do not fit the request"),
+        (lambda noise: noise.astype(np.float64), "do not fit the request"),
+        (lambda noise: noise.tolist(), "do not fit the request"),
+        (lambda noise: np.where(noise > 0, np.float32(np.nan), noise), "are not finite numbers"),
+    ],
+)
+def test_noise_that_does_not_fit_takes_no_place(
+    fake_bundle: Path, change: Callable[[np.ndarray], object], message: str
+) -> None:
+    noise = np.random.default_rng(5).standard_normal((1, 4, 4, 4, 6), np.float32)
+    with PipelinePool.open(fake_bundle, threads=1, check=Check.SIZES) as pool:
+        with pytest.raises(RequestError, match=f"the initial latents {message}") as caught:
+            pool.submit(REQUEST, latents=change(noise))  # type: ignore[arg-type]
+        assert "received:" in str(caught.value)
+        assert pool.statistics().accepted == 0
 
 
 def test_latents_that_cannot_be_saved_take_no_place(fake_bundle: Path, tmp_path: Path) -> None:
