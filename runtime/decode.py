@@ -9,6 +9,7 @@ Letters: ``C`` channels, ``T`` ``H`` ``W`` latent frames, rows and columns.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
@@ -114,7 +115,7 @@ def decoding(
 def _events(
     latents: FloatArray, lend: Lend, spec: ModelSpec, stop: Stop, make_room: Callable[[], bool]
 ) -> Generator[Event, None, None]:
-    done = total = first = 0
+    done = total = first = done_before = 0
     tiling = spec.tiling
     with lend() as vae:
 
@@ -131,13 +132,15 @@ def _events(
             return frames
 
         decoder = TiledDecoder(latents, decode_tile, tiling, spec.vae)
+        began_s = time.monotonic()  # with these tiles, after `done_before` others
         while decoder.finished < len(decoder.windows):
             total = done + _tiles_left(decoder, tiling)
             notice = ""
             try:
                 for picture in decoder.window(tiling):
                     done += 1
-                    yield Progress("decoding", done, total)
+                    pace_s = (time.monotonic() - began_s) / (done - done_before)
+                    yield Progress("decoding", done, total, pace_s * (total - done))
                     if picture is not None:
                         yield from _frames(picture, first, spec.vae.temporal_compression)
                         first += picture.shape[2]
@@ -149,7 +152,7 @@ def _events(
                 if smaller is None:
                     raise
                 notice = _change_of_tiles(tiling, smaller, first, latents, spec.vae.spatial_compression)
-                tiling = smaller
+                tiling, done_before, began_s = smaller, done, time.monotonic()
             if notice:  # said here, because until the handler's end the error holds the tiles that did not fit
                 yield Notice(notice)
 

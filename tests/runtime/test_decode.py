@@ -8,11 +8,12 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from reelforge.runtime import Frames, Notice, Pipeline, Progress, Request, Stop
+from reelforge.runtime import Frames, Notice, Pipeline, Progress, Request, Stop, decode
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.decode import DecodingError
 from reelforge.runtime.engines.engine import Array, Engine, EngineOptions
@@ -152,6 +153,48 @@ def test_progress_comes_with_each_tile(weak: WeakPipeline, expected: np.ndarray)
             calls.append(len(weak.weak.tiles) - event.step)
     assert len(calls) == 18
     assert set(calls) == {0}
+
+
+class TileClock:
+    """A clock that only tiles move: a second per pixel of a latent tile's area."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 0.0
+        run = WeakEngine.run
+
+        def timed(engine: WeakEngine, inputs: Mapping[str, Array], outputs: None = None) -> dict[str, Array]:
+            rows, columns = inputs["latent_tile"].shape[3:]
+            self.now_s += rows * columns
+            return run(engine, inputs, outputs)
+
+        monkeypatch.setattr(WeakEngine, "run", timed)
+        monkeypatch.setattr(decode, "time", SimpleNamespace(monotonic=lambda: self.now_s))
+
+
+def test_the_time_left_is_that_of_tiles_so_far(weak: WeakPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = TileClock(monkeypatch)
+    _, _, progress = split(weak.stream(REQUEST))
+    assert weak.weak is not None
+    seconds = np.cumsum([tile[1] * tile[2] for tile in weak.weak.tiles])
+    assert clock.now_s == seconds[-1]
+    expected = [float(spent / (n + 1) * (18 - n - 1)) for n, spent in enumerate(seconds)]
+    assert [step.eta_s for step in progress] == pytest.approx(expected)
+    assert progress[-1].eta_s == 0
+
+
+def test_the_time_left_after_a_change_of_tiles_is_that_of_the_new_ones(
+    weak: WeakPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    TileClock(monkeypatch)
+    weak.failing = frozenset({8})  # the second tile of the second window
+    _, _, progress = split(weak.stream(REQUEST))
+    assert weak.weak is not None
+    new = [step for step in progress if step.total != 18]
+    seconds = np.cumsum([tile[1] * tile[2] for tile in weak.weak.tiles[8:]])
+    assert len(new) == len(seconds) > 18
+    left = [step.total - step.step for step in new]
+    expected = [float(spent / (n + 1) * left[n]) for n, spent in enumerate(seconds)]
+    assert [step.eta_s for step in new] == pytest.approx(expected)
 
 
 def test_latents_can_be_decoded_alone(weak: WeakPipeline, expected: np.ndarray, tmp_path: Path) -> None:
