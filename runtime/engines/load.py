@@ -6,7 +6,6 @@ Modules of a backend are imported when a bundle needs it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from reelforge.runtime.engines.engine import Engine, EngineOptions
@@ -15,10 +14,6 @@ from reelforge.runtime.recipe import Backend
 if TYPE_CHECKING:
     from reelforge.runtime.bundle.open import Bundle
     from reelforge.runtime.engines.device_session import DeviceSession
-
-# Convolutions ask for large workspaces, and an arena doubles for the last of them: the demonstration decoder's peak is
-# 694 MB with it and 345 MB without.
-_CONVOLVES = "vae_decoder"
 
 
 def load_engine(bundle: Bundle, stage: str, options: EngineOptions, session: Callable[[], DeviceSession]) -> Engine:
@@ -48,8 +43,6 @@ def load_engine(bundle: Bundle, stage: str, options: EngineOptions, session: Cal
     entry = bundle.stage(stage)
     if backend is Backend.CPU:
         options.refuse("ONNX Runtime on the CPU", "device", "cuda_graph", "provider", "kernel_cache")
-        return engine_from_onnx(
-            bundle.graph(stage), entry, replace(options, arena=options.arena and stage != _CONVOLVES)
-        )
+        return engine_from_onnx(bundle.graph(stage), entry, options)
     options.refuse("ONNX Runtime on a GPU", "cuda_graph", "kernel_cache", "arena", "widening")
     return engine_from_onnx(bundle.graph(stage), entry, options, gpu_provider(options))

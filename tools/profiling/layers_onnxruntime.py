@@ -20,7 +20,6 @@ from reelforge.runtime.engines.narrow_weights import SETTINGS, runs_once, widens
 from reelforge.runtime.engines.onnxruntime_library import EXACT_PRODUCTS, import_onnxruntime
 from reelforge.tools.profiling.layer_names import kind_of
 from reelforge.tools.profiling.layers import NodeTime, StageLayers, stage_layers
-from reelforge.tools.profiling.summary import DECODER
 
 SOURCE = "ONNX Runtime's profiler, in a session of its own"
 
@@ -66,7 +65,7 @@ def _run(
     settings.add_session_config_entry("session.intra_op.allow_spinning", "1" if options.spinning else "0")
     entry = bundle.stage(stage)
     widens = widens_in_the_run(entry, options.widening)
-    settings.enable_cpu_mem_arena = options.arena and stage != DECODER and not (widens and runs_once(entry))
+    settings.enable_cpu_mem_arena = options.arena and not (widens and runs_once(entry))
     for name, value in {**EXACT_PRODUCTS, **(SETTINGS if widens else {})}.items():
         settings.add_session_config_entry(name, value)
     session = runtime.InferenceSession(str(bundle.graph(stage)), settings, providers=["CPUExecutionProvider"])

@@ -46,7 +46,7 @@ REQUEST_TENSORS = {
 }
 VIDEO, PIXELS, NOTICES = "video", "pixels", "notices"
 
-_CONVOLVES = "vae_decoder"
+_LARGE_RESULT = "vae_decoder"
 
 
 def graph_config(name: str, stage: StageEntry, backend: Backend) -> Config:
@@ -54,8 +54,10 @@ def graph_config(name: str, stage: StageEntry, backend: Backend) -> Config:
     kind = "KIND_CPU" if backend is Backend.CPU else "KIND_GPU"
     config = _config(name, "onnxruntime_onnx", stage.inputs, stage.outputs, stage.graph)
     config["instance_group"] = [{"count": 1, "kind": Word(kind)}]
-    # As the runtime has it: a stage that waits keeps no activations (for the decoder see runtime/engines/load.py).
-    arena = {"enable_mem_arena": "0"} if stage.name == _CONVOLVES else {"memory.enable_memory_arena_shrinkage": "cpu:0"}
+    # A stage that waits keeps no activations. The decoder's frames would lie in an arena and keep its block: the
+    # runtime copies them and gives it back, which cannot be asked of Triton's backend.
+    shrinks = {"memory.enable_memory_arena_shrinkage": "cpu:0"}
+    arena = {"enable_mem_arena": "0"} if stage.name == _LARGE_RESULT else shrinks
     return config | _parameters(arena if backend is Backend.CPU else {})
 
 
