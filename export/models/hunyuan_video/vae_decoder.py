@@ -1,8 +1,9 @@
 """The decoder of HunyuanVideo's causal 3D VAE, one tile per call (specification 5.1).
 
 Parameter names are the checkpoint's own. Two exact rewrites: the middle attention runs frame by frame instead of under
-a mask, and temporal upsampling doubles every frame and drops the first copy, instead of treating the first frame apart.
-GroupNorm statistics span the tile; the module does not know how a video is cut into tiles.
+a mask, and temporal upsampling doubles every frame instead of treating the first frame apart: the copy of the first
+stands for one of the two that the causal convolution behind it would pad. GroupNorm statistics span the tile; the
+module does not know how a video is cut into tiles.
 """
 
 from __future__ import annotations
@@ -17,16 +18,23 @@ from reelforge.runtime.spec import VaeSpec
 
 
 class CausalConv3d(nn.Module):
-    """Convolution that pads time in front only, by replication."""
+    """Convolution that pads time in front only, by replication.
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int) -> None:
+    Args:
+        in_channels: C.
+        out_channels: C'.
+        kernel: Its size in every direction.
+        repeated: How often its input begins with the first frame already, beside the frame itself.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, repeated: int = 0) -> None:
         super().__init__()
         self.conv = nn.Conv3d(in_channels, out_channels, kernel)
         side = kernel // 2
-        self.padding = (side, side, side, side, kernel - 1, 0)
+        self.padding = (side, side, side, side, kernel - 1 - repeated, 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [B, C, T, H, W] to [B, C', T, H, W]."""
+        """Map [B, C, T, H, W] to [B, C', T - repeated, H, W]."""
         return self.conv(F.pad(x, self.padding, mode="replicate") if any(self.padding) else x)
 
 
@@ -86,13 +94,12 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, in_time: bool) -> None:
         super().__init__()
-        self.conv = CausalConv3d(channels, channels, 3)
         self.factor = (2.0, 2.0, 2.0) if in_time else (1.0, 2.0, 2.0)
+        self.conv = CausalConv3d(channels, channels, 3, repeated=1 if in_time else 0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, C, T, H, W] to [B, C, 2T-1 or T, 2H, 2W]."""
-        x = F.interpolate(x, scale_factor=self.factor, mode="nearest")
-        return self.conv(x[:, :, 1:] if self.factor[0] > 1 else x)
+        return self.conv(F.interpolate(x, scale_factor=self.factor, mode="nearest"))
 
 
 class UpBlock(nn.Module):
