@@ -116,8 +116,21 @@ class Sections:
     def memory(self) -> list[str]:
         """Return the section on memory over time."""
         cases = [
-            ("Demonstration model", self.models.demo("fp32", numerics="tencent"), MEMORY_SIZES["demo"]),
-            ("The published VAE's widths", self.models.wide_vae(), MEMORY_SIZES["wide-vae"]),
+            runtime_memory.Case(
+                "Demonstration model",
+                self.models.demo("fp32", numerics="tencent"),
+                MEMORY_SIZES["demo"],
+                lengths=(9, 65, 129, 257),
+                rounds=3,
+            ),
+            # Two minutes a round.
+            runtime_memory.Case(
+                "The published VAE's widths",
+                self.models.wide_vae(),
+                MEMORY_SIZES["wide-vae"],
+                lengths=(9, 65, 129),
+                rounds=2,
+            ),
         ]
         return runtime_memory.section(cases, self.output.parent / PICTURE)
 

@@ -143,6 +143,36 @@ def test_peaks_of_memory_are_those_of_their_phase() -> None:
     )
 
 
+def length(frames: int, megabytes: int) -> runtime_memory.Length:
+    curve = runtime_memory_chart.Curve(f"{frames} frames", ((0.0, 10**6), (1.0, megabytes * 10**6)), 0.5, 1.0)
+    return runtime_memory.Length(
+        frames, 128, 24 * 10**6, megabytes * 10**6, (0, megabytes * 10**6), 58 * 10**6, 3.0, 4000, curve
+    )
+
+
+def test_memory_is_flat_if_medians_of_longer_videos_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = {9: [100, 100, 100], 65: [400, 390, 900], 129: [410, 500, 390], 257: [430, 430, 300]}
+    rounds = {frames: iter(values) for frames, values in peaks.items()}
+    asked: list[int] = []
+
+    def measure(_bundle: Path, _size: int, frames: int) -> runtime_memory.Length:
+        asked.append(frames)
+        return length(frames, next(rounds[frames]))
+
+    monkeypatch.setattr(runtime_memory, "measure", measure)
+    case = runtime_memory.Case("Model", tmp_path, 128, tuple(peaks), rounds=3)
+    text = "\n".join(runtime_memory.section([case], tmp_path / "picture.svg"))
+    assert asked == [9, 65, 129, 257] * 3
+    assert "### Model, 128x128, 3 rounds" in text
+    assert (
+        "| 65 | 12.8 | 24 (24-24) | 58 (58-58) | 400 (390-900) | 0 (0-0) | 400 (390-900) | 3.0 (3.0-3.0) | 4 |" in text
+    )
+    assert "(129 frames at most 1.05 times 65) | 1.02 times | met |" in text
+    assert "(257 frames at most 1.05 times 65) | 1.07 times | **missed** |" in text
+    assert "(9 frames" not in text
+    assert "257 frames" in (tmp_path / "picture.svg").read_text(encoding="utf-8")
+
+
 def test_a_video_is_written_while_memory_is_watched(tiny_bundle: Path) -> None:
     one = runtime_memory.measure(tiny_bundle, 32, 5)
     assert one.file_bytes > 100
