@@ -20,7 +20,7 @@ from reelforge.runtime.engines.engine import (
     thread_count,
 )
 from reelforge.runtime.engines.narrow_weights import SETTINGS, runs_once, widens_in_the_run
-from reelforge.runtime.engines.onnxruntime_library import EXACT_PRODUCTS, import_onnxruntime
+from reelforge.runtime.engines.onnxruntime_library import import_onnxruntime, product_settings
 from reelforge.runtime.engines.onnxruntime_loop import OnnxRuntimeLoop
 from reelforge.runtime.engines.onnxruntime_providers import CPU, Device, Provider, require_active, require_available
 from reelforge.runtime.errors import EngineError, OutOfMemoryError
@@ -206,10 +206,10 @@ def engine_from_onnx(
         EngineError: If onnxruntime or the provider is not there, refuses the graph, or its tensors are not the
             entry's.
     """
-    settings: Mapping[str, str] = {}
+    settings: Mapping[str, str] = product_settings() if provider is CPU else {}
     options = options or EngineOptions()
     if provider is CPU and widens_in_the_run(entry, options.widening):
-        settings = SETTINGS
+        settings = {**settings, **SETTINGS}
         if runs_once(entry):
             # An arena would keep the block of the largest copy. Without one, copies come and go on malloc's heap, which
             # steps of a large `dit` leave full of holes: 1474 MB instead of 288 with 0.3 billion parameters.
@@ -267,7 +267,7 @@ def _load(
     # Each session has threads of its own. Without this, those of the stages before go on spinning for many steps, on
     # the cores that this stage's threads need: a video of the demonstration model took 253 ms instead of 111.
     settings.add_session_config_entry("session.force_spinning_stop", "1")
-    for key, value in {**(EXACT_PRODUCTS if provider is CPU else {}), **session_settings}.items():
+    for key, value in session_settings.items():
         settings.add_session_config_entry(key, value)
     try:
         session = runtime.InferenceSession(source, settings, providers=providers)

@@ -11,14 +11,36 @@ from __future__ import annotations
 
 import importlib
 import os
+from pathlib import Path
 from types import ModuleType
 
 TELEMETRY_SWITCH = "ORT_DISABLE_TELEMETRY"
 
 EXACT_PRODUCTS = {"session.x64quantprecision": "1"}
-"""A setting of sessions on the CPU. x86 processors without VNNI add pairs of products of uint8 and int8 in 16 bits, and
-that saturates; with it ONNX Runtime makes constant int8 weights uint8 there, whose products are exact and slower. It is
-one of the extended optimisations, does nothing where VNNI is, and leaves products of two activations as they are."""
+"""A setting of sessions: constant int8 weights become uint8, whose products are exact and slower on old processors."""
+
+_PROCESSORS = Path("/proc/cpuinfo")
+_VNNI = {"avx512_vnni", "avx_vnni"}
+
+
+def product_settings() -> dict[str, str]:
+    """Return the settings with which layers in INT8 are computed exactly on this processor.
+
+    x86 processors without VNNI add pairs of products of uint8 and int8 in 16 bits, which saturates. On others nothing
+    is set: ONNX Runtime 1.31 changes the weights with VNNI too, to no effect. It is one of its extended optimisations,
+    leaves products of two activations as they are, and refuses graphs whose layers share a constant. Where the system
+    does not say what the processor has (not Linux), nothing is set either.
+    """
+    return EXACT_PRODUCTS if _lacks_vnni() else {}
+
+
+def _lacks_vnni() -> bool:
+    try:
+        with _PROCESSORS.open(encoding="utf-8", errors="replace") as lines:
+            flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), None)
+    except OSError:
+        return False
+    return flags is not None and not _VNNI & set(flags)
 
 
 def import_onnxruntime() -> ModuleType:

@@ -17,7 +17,7 @@ from typing import Any
 from reelforge.runtime.bundle.open import Bundle
 from reelforge.runtime.engines.engine import Array, EngineOptions, thread_count
 from reelforge.runtime.engines.narrow_weights import SETTINGS, runs_once, widens_in_the_run
-from reelforge.runtime.engines.onnxruntime_library import EXACT_PRODUCTS, import_onnxruntime
+from reelforge.runtime.engines.onnxruntime_library import import_onnxruntime, product_settings
 from reelforge.tools.profiling.layer_names import kind_of
 from reelforge.tools.profiling.layers import NodeTime, StageLayers, stage_layers
 
@@ -66,7 +66,7 @@ def _run(
     entry = bundle.stage(stage)
     widens = widens_in_the_run(entry, options.widening)
     settings.enable_cpu_mem_arena = options.arena and not (widens and runs_once(entry))
-    for name, value in {**EXACT_PRODUCTS, **(SETTINGS if widens else {})}.items():
+    for name, value in {**product_settings(), **(SETTINGS if widens else {})}.items():
         settings.add_session_config_entry(name, value)
     session = runtime.InferenceSession(str(bundle.graph(stage)), settings, providers=["CPUExecutionProvider"])
     for _ in range(calls):

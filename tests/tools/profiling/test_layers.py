@@ -140,6 +140,7 @@ def test_layers_are_profiled_as_engines_run(bundle: Bundle, monkeypatch: pytest.
             raise RuntimeError("seen enough")
 
     monkeypatch.setattr(layers_onnxruntime, "import_onnxruntime", Library)
+    monkeypatch.setattr(layers_onnxruntime, "product_settings", lambda: EXACT_PRODUCTS)
     for stage in ("dit", "vae_decoder", "llm"):
         monkeypatch.setattr(layers_onnxruntime, "widens_in_the_run", lambda entry, _widening: entry.name == "llm")
         with pytest.raises(RuntimeError, match="seen enough"):
