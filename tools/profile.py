@@ -120,7 +120,7 @@ def profile(
 
     Writes report.html (one file, works offline), profile.json (see docs/profiling.md) and trace.json (for
     ui.perfetto.dev) into a folder. Ctrl-C ends the measurement; what there is by then is written and marked as
-    incomplete.
+    incomplete, also when an engine fails after the first run.
 
     \b
     Examples:
@@ -132,7 +132,7 @@ def profile(
       nsys profile reelforge profile my.bundle --nvtx --no-cold --no-layers
     """  # noqa: D301 - \b is click's mark for text that it does not wrap
     from reelforge.tools.profiling.files import require_writable, write_files
-    from reelforge.tools.profiling.session import ProfileRequest, profile_bundle
+    from reelforge.tools.profiling.session import ProfileRequest, UnfinishedProfileError, profile_bundle
     from reelforge.tools.profiling.terminal import show
 
     opened = Bundle.open(bundle, Check(check))
@@ -166,13 +166,20 @@ def profile(
     asked.require_possible()
     folder = output if output is not None else Path(f"{opened.name.removesuffix('.bundle')}.profile")
     require_writable(folder)
-    measured = profile_bundle(asked, lambda text: click.echo(text, err=True))
+    failure = None
+    try:
+        measured = profile_bundle(asked, lambda text: click.echo(text, err=True))
+    except UnfinishedProfileError as unfinished:
+        measured, failure = unfinished.profile, unfinished.error
     write_files(folder, _contents(measured))
     if as_json:
         click.echo(json.dumps(to_json(measured)))
     else:
         show(measured, Console())
     click.echo(f"{folder / 'report.html'}: open it in a browser", err=True)
+    if failure is not None:
+        click.echo("failed; the files hold what was measured until then, and say so.", err=True)
+        raise failure
     if not measured.complete:
         click.echo("interrupted; the files hold what was measured until then, and say so.", err=True)
         sys.exit(console.INTERRUPTED)

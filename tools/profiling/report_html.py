@@ -54,7 +54,7 @@ def _header(profile: Profile) -> str:
     if not profile.complete:
         missing = ", ".join(profile.missing)
         banner = (
-            '<section class="banner" role="alert">This profile is incomplete: the measurement was interrupted. '
+            '<section class="banner" role="alert">This profile is incomplete: it ended before all was measured. '
             f"Missing: {text(missing)}.</section>"
         )
     return (

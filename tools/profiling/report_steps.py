@@ -47,7 +47,7 @@ def timeline(profile: Profile) -> str:
     if (warm := median_run(profile)) is not None:
         shown.append(("Warm run, the median one", warm))
     if not shown and profile.runs:
-        shown.append(("The interrupted run", profile.runs[-1]))
+        shown.append(("The last run", profile.runs[-1]))
     content = ""
     for title, record in shown:
         axis = Axis(0.0, max(record.total_ms, 1e-6), "ms")

@@ -274,8 +274,8 @@ class Profile:
     Attributes:
         schema_version: Of this format.
         created: UTC, ISO 8601.
-        complete: False if the measurement was interrupted; what is missing is empty.
-        missing: What an interrupted measurement did not come to, a sentence each.
+        complete: False if the measurement was interrupted or failed; what is missing is empty.
+        missing: What such a measurement did not come to, a sentence each; what failed is the first, with the reason.
         machine: Where.
         work: What.
         warmup: Warm runs that are not counted.

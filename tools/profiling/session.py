@@ -1,7 +1,7 @@
 """The whole measurement: cold run, warm-up, repeats (alternating with another bundle), layers; kept when interrupted.
 
-Each part is put away as soon as it is there, so that Ctrl-C leaves a profile of what was measured until then, marked as
-incomplete. The module knows the order of the parts and not how they are shown.
+Each part is put away as soon as it is there, so that Ctrl-C, or an engine that fails, leaves a profile of what was
+measured until then, marked as incomplete. The module knows the order of the parts and not how they are shown.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from reelforge.runtime.codec import from_json, to_json
 from reelforge.runtime.cuda.driver import Cuda
 from reelforge.runtime.engines.engine import EngineOptions, thread_count
 from reelforge.runtime.engines.onnxruntime_providers import gpu_provider
-from reelforge.runtime.errors import EngineError, RequestError
+from reelforge.runtime.errors import EngineError, ReelforgeError, RequestError
 from reelforge.runtime.recipe import Backend
 from reelforge.runtime.request import Request, resolve_request
 from reelforge.tools.profiling.advice import Facts, advise
@@ -44,6 +44,20 @@ from reelforge.tools.profiling.work import describe_work
 
 Tell = Callable[[str], None]
 _LAYER_S, _FEWEST, _MOST = 1.0, 3, 25
+
+
+class UnfinishedProfileError(Exception):
+    """A measurement failed after some of its runs were finished.
+
+    Attributes:
+        profile: What was measured until then.
+        error: What ended it.
+    """
+
+    def __init__(self, profile: Profile, error: ReelforgeError) -> None:
+        super().__init__(error.where)
+        self.profile = profile
+        self.error = error
 
 
 @dataclass(frozen=True)
@@ -129,9 +143,11 @@ def profile_bundle(asked: ProfileRequest, tell: Tell) -> Profile:
 
     Raises:
         RequestError: See :meth:`ProfileRequest.require_possible`, or if the package for NVTX ranges is missing.
-        EngineError: If an engine fails.
+        EngineError: If an engine fails before any run was finished.
+        UnfinishedProfileError: If one fails later, or the bundle was altered meanwhile.
     """
     asked.require_possible()
+    failure: ReelforgeError | None = None
     ranges = open_ranges() if asked.nvtx else NO_RANGES
     got = _Collected()
     with tempfile.TemporaryDirectory(prefix="reelforge-profile-") as folder, ExitStack() as stack:
@@ -147,8 +163,17 @@ def profile_bundle(asked: ProfileRequest, tell: Tell) -> Profile:
             got.missing = _summed_up([name for name, _ in parts[done:]])
         except KeyboardInterrupt:
             got.missing = _summed_up([name for name, _ in parts[done:]])
+        except ReelforgeError as error:
+            if not got.runs:
+                raise
+            failure = error
+            failed, *rest = (name for name, _ in parts[done:])
+            got.missing = [f"{failed} ({error.where.rstrip('.')})", *_summed_up(rest)]
         measurement.meet_gpu()
-    return _profile(asked, got)
+    profile = _profile(asked, got)
+    if failure is not None:
+        raise UnfinishedProfileError(profile, failure) from failure
+    return profile
 
 
 class _Measurement:
