@@ -19,7 +19,7 @@ from reelforge.export.engines.profiles import named_shapes, profiles_for
 from reelforge.export.engines.requirements import compatible_groups, stage_precisions
 from reelforge.export.family import FAMILIES, Family
 from reelforge.export.prompt_template import find_prompt_template
-from reelforge.export.quantisation import attention_formats
+from reelforge.export.quantisation import attention_formats, layers_of
 from reelforge.export.stage import Stage
 from reelforge.export.target_rules import check_bases, check_sparse_attention, default_base, stage_bases
 from reelforge.export.tokenizers import tokenizer_json
@@ -28,7 +28,7 @@ from reelforge.runtime.bundle.write import BundleWriter
 from reelforge.runtime.errors import CheckpointError, RequestError
 from reelforge.runtime.manifest import SCHEMA_VERSION, Manifest, PromptTemplate, StageEntry
 from reelforge.runtime.quality import QualityReport
-from reelforge.runtime.recipe import Backend, Precision, Recipe, VideoShape, resolve_precisions
+from reelforge.runtime.recipe import EVERY_STAGE, Backend, Precision, Recipe, VideoShape, resolve_precisions
 from reelforge.runtime.spec import ModelSpec
 
 _LIBRARIES = ("reelforge", "torch", "onnx", "onnx-ir", "onnxscript", "transformers")
@@ -82,8 +82,8 @@ class BuildSource:
         """Return the recipe of the stages to build.
 
         Raises:
-            RequestError: For a stage that the model does not have, layers kept in one that is not in 8 bits, or
-                precisions that the target does not compute in.
+            RequestError: For a stage that the model does not have, layers kept in one that is not in 8 bits, 8 bits
+                that no stage to build would have, or precisions that the target does not compute in.
         """
         request, target = self.request, self.request.target
         own = stage_bases(target, request.precision)
@@ -109,6 +109,7 @@ class BuildSource:
             request.attention,
             request.sparse_attention,
         )
+        self._require_8_bits(recipe, precision)
         idle = sorted(set(recipe.kept) - set(recipe.quantised_stages()))
         if idle:
             raise RequestError(
@@ -127,6 +128,39 @@ class BuildSource:
             compatible_groups(target, self.computed_in(recipe, stage.name))
             profiles_for(stage, self.spec, recipe, self.template)
         return recipe
+
+    def _require_8_bits(self, recipe: Recipe, precision: Mapping[str, Precision]) -> None:
+        """Refuse 8 bits that are asked for and would be left out because of ``--stages``.
+
+        Args:
+            recipe: Of the stages to build.
+            precision: Of all stages.
+        """
+        rules = self.family.quantisation(self.spec)
+        views = [
+            stage
+            for stage in self.chosen_stages()
+            if stage.weights_of not in recipe.precision
+            and precision.get(stage.weights_of, Precision.FP32).quantised
+            and any(rules[stage.weights_of].covers(layer) for layer in layers_of(stage))
+        ]
+        if views:
+            whole, names = views[0].weights_of, ",".join(stage.name for stage in views)
+            raise RequestError(
+                f"stages are parts of {whole!r}, whose layers are to be in 8 bits, and {whole!r} is not built.",
+                received=f"--stages {','.join(self.request.stages)} with {whole}={precision[whole].value}",
+                expected=f"{whole} beside {names}: they share its 8-bit weights",
+                fix=f"add {whole} to --stages, or build without 8 bits",
+            )
+        general = self.request.precision.get(EVERY_STAGE)
+        if general is not None and general.quantised and not recipe.quantised_stages():
+            default = self.family.quantised_by_default
+            raise RequestError(
+                "8 bits are asked for, and no stage that is built would have any.",
+                received=f"--stages {','.join(self.request.stages)} with --precision {general.value}",
+                expected=f"{' or '.join(default)} among them: an 8-bit precision without a stage means its layers",
+                fix=f"add {default[0]} to --stages, or say which of them, as in --precision llm={general.value}",
+            )
 
     def computed_in(self, recipe: Recipe, stage: str) -> frozenset[Precision]:
         """Return what the products and attentions of a stage are computed in."""

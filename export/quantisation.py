@@ -70,6 +70,12 @@ class StagePlan:
     attentions: Mapping[str, AttentionScales] = field(default_factory=dict)
 
 
+def layers_of(stage: Stage) -> list[str]:
+    """Return the names of a stage's layers: what has a weight of two or more dimensions."""
+    shapes = stage.parameter_shapes()
+    return [key.removesuffix(".weight") for key, shape in shapes.items() if key.endswith(".weight") and shape[1:]]
+
+
 def quantised_formats(recipe: Recipe, rules: Mapping[str, StageRules], stages: Mapping[str, Stage]) -> Formats:
     """Return which layers the recipe quantises, and to what.
 
@@ -85,11 +91,7 @@ def quantised_formats(recipe: Recipe, rules: Mapping[str, StageRules], stages: M
                 expected="8 bits for " + " or ".join(rules),
                 fix=f"leave {name} in fp32 or fp16: it is small, and every error in it reaches all blocks",
             )
-        shapes = stages[name].parameter_shapes()
-        weights = [
-            key.removesuffix(".weight") for key, shape in shapes.items() if key.endswith(".weight") and shape[1:]
-        ]
-        layers = [layer for layer in weights if rules[name].covers(layer)]
+        layers = [layer for layer in layers_of(stages[name]) if rules[name].covers(layer)]
         kept = recipe.kept.get(name, ())
         unused = [pattern for pattern in kept if not any(matches(layer, (pattern,)) for layer in layers)]
         if unused:

@@ -16,6 +16,8 @@ from reelforge.tools import console
 from reelforge.tools.build_engine import build_engine
 from tests.bundles import ALL_STAGES, TraceMemory
 
+PARTED = ("--partition", "head,body,tail")
+
 
 def run(*arguments: str | Path) -> int:
     """Run the command in this process and return its exit code."""
@@ -132,6 +134,31 @@ def test_options_reach_the_bundle(
             ["{c}", "-o", "{o}", "--precision", "int8", "--scales", "{c}/no", "--smoothing", "0.5"],
             2,
             ["smoothing is asked for together with a scale file", "fix: leave --smoothing out"],
+        ),
+        (
+            ["{c}", "-o", "{o}", "--precision", "int8", *PARTED, "--stages", "dit_head,dit_tail,head_change"],
+            2,
+            [
+                "stages are parts of 'dit', whose layers are to be in 8 bits, and 'dit' is not built",
+                "received: --stages dit_head,dit_tail,head_change with dit=int8",
+                "expected: dit beside dit_head: they share its 8-bit weights",
+                "fix: add dit to --stages, or build without 8 bits",
+            ],
+        ),
+        (
+            ["{c}", "-o", "{o}", "--precision", "dit=int8,llm=fp16", *PARTED, "--stages", "dit_body"],
+            2,
+            ["stages are parts of 'dit'", "--stages dit_body with dit=int8"],
+        ),
+        (
+            ["{c}", "-o", "{o}", "--precision", "int8,vae_decoder=fp16", "--stages", "llm,vae_decoder"],
+            2,
+            [
+                "8 bits are asked for, and no stage that is built would have any",
+                "received: --stages llm,vae_decoder with --precision int8",
+                "expected: dit among them: an 8-bit precision without a stage means its layers",
+                "fix: add dit to --stages, or say which of them, as in --precision llm=int8",
+            ],
         ),
         (["{c}", "-o", "{o}", "--batch", "0"], 2, ["--batch"]),
         (["{c}"], 2, ["Missing option", "--output"]),

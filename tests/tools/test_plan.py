@@ -160,6 +160,7 @@ def test_memory_on_a_cpu_has_no_driver_in_it(tiny_checkpoint: Path) -> None:
         (("--step-cache", "fbcache:0.1"), ["needs the transformer in parts"]),
         (("--step-cache", "teacache:0.1"), ["no coefficients are published for this model"]),
         (("--attention-blocks", "4x4"), ["blocks are given for attention that leaves nothing out"]),
+        (("--stages", "llm", "--precision", "fp8"), ["no stage that is built would have any"]),
         (
             ("--stages", "input_change"),
             ["no weights of their own", "received: --stages input_change", "fix: use --stages dit,input_change"],
