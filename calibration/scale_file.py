@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from reelforge.calibration.errors import CalibrationError
 from reelforge.runtime.codec import CodecError, from_json, to_json
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 _ALIGNMENT = 64
 _PROVENANCE = "reelforge.calibration"
@@ -40,11 +40,16 @@ class ScaleKind(enum.Enum):
 
     ACTIVATION = "activation"  # [] scale of the layer's input, around zero
     RANGE = "range"  # [2] lowest and highest value of an INT8 layer's input that codes with a zero point stand for
+    OUTPUT = "output"  # [2] likewise of an INT8 convolution's output, bias included
     WEIGHT = "weight"  # [output channels] scales
     SMOOTHING = "smoothing"  # [input channels] migration factors
     QUERY = "query"  # [] scale of an attention's rotated queries
     KEY = "key"  # [] scale of its rotated keys
     VALUE = "value"  # [] scale of its values
+
+
+RANGES = tuple(f".{kind.value}" for kind in (ScaleKind.RANGE, ScaleKind.OUTPUT))
+"""How the names of tensors end that are ranges; the others are scales."""
 
 
 @dataclass(frozen=True)
@@ -270,7 +275,7 @@ def _tensor(name: str, entry: Mapping[str, Any], data: bytes) -> NDArray[np.floa
 
 
 def _what(name: str) -> str:
-    return "range" if name.endswith(f".{ScaleKind.RANGE.value}") else "scale"
+    return "range" if name.endswith(RANGES) else "scale"
 
 
 def _usable(name: str, array: NDArray[np.float32]) -> bool:

@@ -107,6 +107,11 @@ class Observations:
             source = formats if kind is ScaleKind.ACTIVATION else attention
             statistics = self.statistics[value.tensor.name]
             chosen: dict[str, dict[ScaleKind, NDArray[np.float32]]] = {}
+            for layer in value.outputs_of:
+                if formats[stage].get(layer) is not INT8:
+                    continue
+                limits = activation_range(statistics, activation_scale(statistics, INT8, method, percentile), method)
+                tensors[tensor_name(stage, layer, ScaleKind.OUTPUT)] = limits
             for layer in value.layers:
                 number_format = source[stage][layer]
                 if number_format.name not in chosen:
@@ -362,10 +367,10 @@ def _identity(
     bundle: Bundle, plan: CalibrationPlan, requests: Sequence[ResolvedRequest], options: CalibrationOptions
 ) -> dict[str, Any]:
     """Everything that observations depend on. Neither the method nor memory: they change nothing that is observed."""
-    tensors = [[value.tensor.name, *value.layers] for value in plan.values()]
+    tensors = [[value.tensor.name, *value.layers, *value.outputs_of] for value in plan.values()]
     groups = [[planned.group.stage, *planned.group.layers] for planned in plan.groups]
     return {
-        "state": 2,
+        "state": 3,
         "bundle": bundle.manifest.content_digest,
         "prompts": prompts_sha256(options.prompts),
         "seed": options.seed,

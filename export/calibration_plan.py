@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from reelforge.calibration.errors import CalibrationError
-from reelforge.calibration.number_formats import NumberFormat
+from reelforge.calibration.number_formats import INT8, NumberFormat
 from reelforge.calibration.observe import FloatArray, ObservedTensor
 from reelforge.calibration.rules import SmoothingGroup
 from reelforge.calibration.scale_file import ScaleKind
@@ -118,7 +118,8 @@ def plan_calibration(
         layers, attentions = formats.get(stage, {}), attention.get(stage, {})
         model = ir.load(bundle.graph(stage))
         graph = (infer_types(model) if attentions else model).graph  # an attention's operands need a shape
-        values = observed_values(graph, stage, layers, attentions)
+        outputs = [layer for layer, number_format in layers.items() if number_format is INT8]
+        values = observed_values(graph, stage, layers, attentions, outputs)
         if values:
             observed[stage] = values
         own = [group for group in groups if group.stage == stage and all(layer in layers for layer in group.layers)]

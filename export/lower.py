@@ -18,6 +18,7 @@ from reelforge.export.passes.lower_float8 import LowerFloat8Pass
 from reelforge.export.passes.lower_frame_causal_attention import LowerFrameCausalAttentionPass
 from reelforge.export.passes.lower_group_norm import LowerGroupNormPass
 from reelforge.export.passes.lower_integer_attention import LowerIntegerAttentionPass
+from reelforge.export.passes.lower_integer_convolution import LowerIntegerConvolutionPass
 from reelforge.export.passes.lower_integer_linear import LowerIntegerLinearPass
 from reelforge.export.passes.lower_key_lengths import LowerKeyLengthsPass
 from reelforge.export.passes.lower_linear import LowerLinearPass
@@ -46,6 +47,12 @@ class EightBit:
     def layers_in(self, codes: ir.DataType) -> frozenset[str]:
         """Return the layers whose weights are codes of one type."""
         return frozenset(name for name, layer in self.layers.items() if layer.codes.dtype == codes)
+
+    @property
+    def output_ranges(self) -> dict[str, tuple[float, float]]:
+        """The ranges of the outputs of those layers that have one."""
+        known = ((name, layer.output_range) for name, layer in self.layers.items())
+        return {name: limits for name, limits in known if limits is not None}
 
     def attentions_in(self, precision: Precision) -> dict[str, AttentionScales]:
         """Return the attentions of one precision."""
@@ -110,6 +117,7 @@ def passes_for(
             QuantiseAttentionPass(eight_bit.attentions_in(Precision.FP8)),
             LowerIntegerAttentionPass(eight_bit.attentions_in(Precision.INT8)),
             LowerFloat8Pass(),
+            LowerIntegerConvolutionPass(eight_bit.output_ranges),
             LowerIntegerLinearPass(eight_bit.layers_in(ir.DataType.INT8)),
             common.CommonSubexpressionEliminationPass(),
             common.RemoveUnusedNodesPass(),

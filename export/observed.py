@@ -1,14 +1,14 @@
-"""Which values of a stage's graph are observed: the inputs of chosen layers, and an attention's operands.
+"""Which values of a stage's graph are observed: inputs of chosen layers, outputs of convolutions, attention's operands.
 
-Layers that read one value (q, k and v of a block) share one observation. A convolution is observed as it reads, after
-its padding. The softmax's output is not observed: a probability is at most 1, and its scale is that of 1. The module
-runs nothing.
+Layers that read one value (q, k and v of a block) share one observation, and so does the convolution that makes it. A
+convolution's input is observed as it reads, after its padding. The softmax's output is not observed: a probability is
+at most 1, and its scale is that of 1. The module runs nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -30,16 +30,22 @@ class ObservedValue:
     Attributes:
         value: The value.
         tensor: What is observed.
-        layers: All layers that read it; one attention for its operands.
+        layers: All layers that read it; one attention for its operands; none for what is only an output.
+        outputs_of: The convolution whose output it is, if codes of that are wanted.
     """
 
     value: ir.Value
     tensor: ObservedTensor
     layers: tuple[str, ...]
+    outputs_of: tuple[str, ...] = ()
 
 
 def observed_values(
-    graph: ir.Graph, stage: str, layers: Collection[str], attention: Collection[str] = ()
+    graph: ir.Graph,
+    stage: str,
+    layers: Collection[str],
+    attention: Collection[str] = (),
+    outputs: Collection[str] = (),
 ) -> tuple[ObservedValue, ...]:
     """Return what to observe in the graph of ``stage``, in execution order.
 
@@ -48,6 +54,7 @@ def observed_values(
         stage: Its stage.
         layers: Names of the layers whose inputs are quantised.
         attention: Names of the attentions whose operands are, as :func:`attention_nodes` gives them.
+        outputs: Names of those layers of which, if they are convolutions, the output is observed, too.
 
     Raises:
         CalibrationError: If the graph lacks one of them.
@@ -68,6 +75,7 @@ def observed_values(
                 for kind, value in zip(OPERANDS, node.inputs, strict=False)
                 if value is not None
             ]
+    observed = _with_outputs(stage, observed, [layer for name, layer in found.items() if name in outputs])
     order = {value: index for index, value in enumerate(value for node in graph for value in node.outputs)}
     return tuple(sorted(observed, key=lambda item: order.get(item.value, -1)))
 
@@ -94,6 +102,22 @@ def _of_layers(stage: str, value: ir.Value, layers: list[Layer]) -> ObservedValu
     channels = first.weight.shape.numpy()[1]
     tensor = ObservedTensor(stage, first.name, ScaleKind.ACTIVATION, channels, layout)
     return ObservedValue(value, tensor, tuple(layer.name for layer in layers))
+
+
+def _with_outputs(stage: str, observed: list[ObservedValue], layers: list[Layer]) -> list[ObservedValue]:
+    """Add the outputs of convolutions among ``layers``; what is observed already is observed once."""
+    convolutions = {layer.node.outputs[0]: layer for layer in layers if layer.node.op_type == "Conv"}
+    result = []
+    for item in observed:
+        made_by = convolutions.pop(item.value, None)
+        result.append(item if made_by is None else replace(item, outputs_of=(made_by.name,)))
+    for value, layer in convolutions.items():
+        if layer.weight.shape is None:
+            raise AssertionError(f"the weight of {layer.name} has no shape")
+        channels = layer.weight.shape.numpy()[0]
+        tensor = ObservedTensor(stage, layer.name, ScaleKind.OUTPUT, channels, ChannelLayout.SECOND)
+        result.append(ObservedValue(value, tensor, (), (layer.name,)))
+    return result
 
 
 def _of_attention(stage: str, name: str, kind: ScaleKind, value: ir.Value) -> ObservedValue:

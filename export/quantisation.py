@@ -49,10 +49,17 @@ class RowAffine:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one 8-bit layer needs: how its weight is quantised, and how its input may be."""
+    """What one 8-bit layer needs.
+
+    Attributes:
+        weight: How its weight is quantised.
+        activation: How its input may be.
+        output_range: Of an INT8 convolution, what its output spans; of others None.
+    """
 
     weight: WeightQuantisation
     activation: ActivationScales
+    output_range: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -138,14 +145,13 @@ def applicable_groups(rules: Mapping[str, StageRules], formats: Formats) -> tupl
     )
 
 
-def required_scales(formats: Formats, attentions: Formats) -> list[str]:
+def required_scales(formats: Formats, attentions: Formats, stages: Mapping[str, Stage]) -> list[str]:
     """Return the names of the tensors that a scale file must have."""
     of_layers = [
         tensor_name(stage, layer, kind)
         for stage, layers in formats.items()
         for layer, number_format in layers.items()
-        for kind in (ScaleKind.ACTIVATION, ScaleKind.RANGE)
-        if kind is ScaleKind.ACTIVATION or number_format is INT8
+        for kind in (ScaleKind.ACTIVATION, *_ranges(stages[stage], layer, number_format))
     ]
     of_attentions = [
         tensor_name(stage, name, kind)
@@ -154,6 +160,14 @@ def required_scales(formats: Formats, attentions: Formats) -> list[str]:
         for kind in (ScaleKind.QUERY, ScaleKind.KEY, ScaleKind.VALUE)
     ]
     return [*of_layers, *of_attentions]
+
+
+def _ranges(stage: Stage, layer: str, number_format: NumberFormat) -> tuple[ScaleKind, ...]:
+    """Return which ranges a layer has: INT8 one of its input, and a convolution one of its output."""
+    if number_format is not INT8:
+        return ()
+    convolves = len(stage.parameter_shapes()[f"{layer}.weight"]) > 2
+    return (ScaleKind.RANGE, ScaleKind.OUTPUT) if convolves else (ScaleKind.RANGE,)
 
 
 def activation_scales(scales: ScaleFile, stage: str, layer: str, number_format: NumberFormat) -> ActivationScales:
@@ -165,8 +179,12 @@ def activation_scales(scales: ScaleFile, stage: str, layer: str, number_format: 
     scale = float(scales.get(stage, layer, ScaleKind.ACTIVATION))
     if number_format is not INT8:
         return ActivationScales(scale)
-    lowest, highest = (float(limit) for limit in scales.get(stage, layer, ScaleKind.RANGE))
-    return ActivationScales(scale, (lowest, highest))
+    return ActivationScales(scale, _range(scales, stage, layer, ScaleKind.RANGE))
+
+
+def _range(scales: ScaleFile, stage: str, layer: str, kind: ScaleKind) -> tuple[float, float]:
+    lowest, highest = (float(limit) for limit in scales.get(stage, layer, kind))
+    return lowest, highest
 
 
 def plan_quantisation(
@@ -218,6 +236,9 @@ def plan_quantisation(
                 layer: LayerPlan(
                     WeightQuantisation(number_format, columns.get((stage, layer)), divisors.get((stage, layer))),
                     activation_scales(scales, stage, layer, number_format),
+                    _range(scales, stage, layer, ScaleKind.OUTPUT)
+                    if ScaleKind.OUTPUT in _ranges(stages[stage], layer, number_format)
+                    else None,
                 )
                 for layer, number_format in formats.get(stage, {}).items()
             },

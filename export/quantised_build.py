@@ -134,7 +134,8 @@ class QuantisedBuild:
             shutil.rmtree(folder)
 
     def _read_scales(self, path: Path, work: _Work) -> ScaleFile:
-        required = required_scales(work.formats, work.attentions)
+        stages = {stage.name: stage for stage in self.source.stages}
+        required = required_scales(work.formats, work.attentions, stages)
         names = format_names(work.formats, work.attentions)
         return read_scale_file(path, self.source.fingerprint(), required, names)
 

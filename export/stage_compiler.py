@@ -204,7 +204,8 @@ def link_stage(entry: StageEntry, folder: Path, writer: BundleWriter) -> StageEn
 
 def _quantised(layer: str, plan: StagePlan, weights: Mapping[str, WeightEntry]) -> QuantisedLayer:
     codes = weights[f"{layer}.weight"]
-    return QuantisedLayer(_external(codes), _external(weights[f"{codes.name}.scale"]), plan.layers[layer].activation)
+    scale, planned = weights[f"{codes.name}.scale"], plan.layers[layer]
+    return QuantisedLayer(_external(codes), _external(scale), planned.activation, planned.output_range)
 
 
 def _external(entry: WeightEntry) -> ir.ExternalTensor:

@@ -40,7 +40,10 @@ SEED = 11
 
 Formats = dict[str, dict[str, NumberFormat]]
 Recording = dict[str, list[np.ndarray]]
-"""Layer -> what it read, each ``[rows, channels]``; an attention's operands have ``.query`` and so on appended."""
+"""Layer -> what it read, each ``[rows, channels]``.
+
+An attention's operands have ``.query`` and so on appended, what a convolution made has ``.output``.
+"""
 
 
 def options(**changes: Any) -> CalibrationOptions:
@@ -117,6 +120,12 @@ def _hooked(bundle: Bundle, stage: str, layers: Mapping[bytes, str], recording: 
             name = layers[module.weight.detach().numpy().tobytes()]
             recording.setdefault(name, []).append(values.reshape(-1, values.shape[-1]).numpy().copy())
 
+    def after(module: nn.Module, _inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if isinstance(module, nn.Conv3d):
+            name = layers[module.weight.detach().numpy().tobytes()]
+            values = output.movedim(1, -1)
+            recording.setdefault(f"{name}.output", []).append(values.reshape(-1, values.shape[-1]).numpy().copy())
+
     def attention(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *more: Any, **others: Any
     ) -> torch.Tensor:
@@ -126,14 +135,18 @@ def _hooked(bundle: Bundle, stage: str, layers: Mapping[bytes, str], recording: 
             recording.setdefault(f"{block}.attention.{name}", []).append(rows.numpy().copy())
         return attend(query, key, value, *more, **others)
 
-    handle = nn.modules.module.register_module_forward_pre_hook(before)
+    handles = [
+        nn.modules.module.register_module_forward_pre_hook(before),
+        nn.modules.module.register_module_forward_hook(after),
+    ]
     try:
         with pytest.MonkeyPatch.context() as patch:
             if stage == "dit":
                 patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
             yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def damaged(bundle: Path, weight: str, stage: str, value: float) -> None:

@@ -12,43 +12,36 @@ stays as it was carries its reason in ``refused``. The pass does not know how co
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
-
-import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import PassResult, PostconditionError
+from onnx_ir.passes import PassResult
 
 from reelforge.export.passes.editing import GraphEditor, replace_output
 from reelforge.export.passes.layers import stored_value
-from reelforge.export.passes.lowering import LoweringPass
+from reelforge.export.passes.quantised_operands import (
+    LowerQuantisedPass,
+    QuantisedOperands,
+    quantised_operands,
+    reads_codes,
+)
 
 CONTRIB_DOMAIN = "com.microsoft"
 INTEGER_PRODUCT = "MatMulIntegerToFloat"
 
 
-class LowerIntegerLinearPass(LoweringPass["_Quantised"]):
-    """Replace every ``Gemm`` of dequantised uint8 rows and int8 stored weights.
-
-    Args:
-        layers: Names of those that must not stay: what was asked to be in INT8.
-    """
+class LowerIntegerLinearPass(LowerQuantisedPass):
+    """Replace every ``Gemm`` of dequantised uint8 rows and int8 stored weights."""
 
     left = "is still a product of dequantised codes"
-
-    def __init__(self, layers: Collection[str] = ()) -> None:
-        super().__init__()
-        self.layers = layers
 
     def concerns(self, node: ir.Node) -> bool:
         """See :class:`LoweringPass`."""
         return node.op_type == "Gemm" and node.domain in ("", "ai.onnx")
 
-    def find(self, node: ir.Node) -> _Quantised | str:
+    def find(self, node: ir.Node) -> QuantisedOperands | str:
         """See :class:`LoweringPass`."""
         return _quantised(node)
 
-    def lower(self, graph: ir.Graph, node: ir.Node, found: _Quantised) -> None:
+    def lower(self, graph: ir.Graph, node: ir.Node, found: QuantisedOperands) -> None:
         """See :class:`LoweringPass`."""
         _lower(graph, node, found)
 
@@ -59,84 +52,30 @@ class LowerIntegerLinearPass(LoweringPass["_Quantised"]):
             model.opset_imports[CONTRIB_DOMAIN] = 1
         return result
 
-    def ensures(self, model: ir.Model) -> None:
-        """No product is left that could be lowered, and none of the layers at all."""
-        super().ensures(model)
-        for node in model.graph:
-            name = node.name or ""
-            if self.concerns(node) and name in self.layers:
-                raise PostconditionError(f"{name} {self.left}: {self.refused.get(name, 'it was not seen')}")
 
-
-@dataclass(frozen=True)
-class _Quantised:
-    """The operands of one product, before they are dequantised.
-
-    Attributes:
-        rows: In high precision, ``[rows, in]``.
-        row_codes: Made of them.
-        row_scale: One number.
-        row_zero_point: One number.
-        codes: The weight's, ``[out, in]``.
-        weight_scale: ``[out]``.
-    """
-
-    rows: ir.Value
-    row_codes: ir.Value
-    row_scale: ir.Value
-    row_zero_point: ir.Value
-    codes: ir.Value
-    weight_scale: ir.Value
-
-
-def _quantised(gemm: ir.Node) -> _Quantised | str:
+def _quantised(gemm: ir.Node) -> QuantisedOperands | str:
     """Return what a product multiplies, or why it is left alone."""
-    rows, weight = (None if value is None else value.producer() for value in gemm.inputs[:2])
-    if rows is None or weight is None or {rows.op_type, weight.op_type} != {"DequantizeLinear"}:
+    if not reads_codes(gemm):
         return "an operand is in high precision"
     if len(gemm.inputs) > 2 and gemm.inputs[2] is not None:
         return "the bias is inside of the product"
     transposed = gemm.attributes.get("transB")
     if transposed is None or transposed.as_int() != 1 or set(gemm.attributes) & {"alpha", "beta", "transA"}:
         return "it is more than rows times a transposed weight"
-    if gemm.outputs[0].dtype != ir.DataType.FLOAT:
-        return "it is not computed in fp32"
-    codes, scale = weight.inputs[0], weight.inputs[1]
-    if codes is None or scale is None or codes.dtype != ir.DataType.INT8 or not codes.is_initializer():
-        return "the weight is not stored in int8"
-    axis = weight.attributes.get("axis")  # without one it is the last axis
-    per_row = axis is not None and axis.as_int() == 0
-    if not per_row or codes.shape is None or scale.shape is None or list(scale.shape) != list(codes.shape)[:1]:
-        return "the weight has no scale per output channel"
-    if not _is_zero(weight.inputs[2] if len(weight.inputs) > 2 else None):
-        return "the weight has a zero point"
-    row_codes = rows.inputs[0]
-    quantise = None if row_codes is None else row_codes.producer()
-    if row_codes is None or quantise is None or quantise.op_type != "QuantizeLinear":
-        return "the rows are not quantised in the graph"
-    if row_codes.dtype != ir.DataType.UINT8 or quantise.attributes or len(quantise.inputs) != 3:
-        return "the rows are not quantised to uint8"
-    if quantise.inputs[1:] != rows.inputs[1:]:
-        return "the rows are dequantised with another scale"
-    values, row_scale, row_zero_point = quantise.inputs
-    if values is None or row_scale is None or row_zero_point is None:
-        return "the rows have no scale"
-    if row_scale.shape is None or len(row_scale.shape):
-        return "the rows have more than one scale"
-    return _Quantised(values, row_codes, row_scale, row_zero_point, codes, scale)
+    return quantised_operands(gemm)
 
 
-def _lower(graph: ir.Graph, gemm: ir.Node, found: _Quantised) -> None:
+def _lower(graph: ir.Graph, gemm: ir.Node, found: QuantisedOperands) -> None:
     if found.codes.shape is None:
         raise AssertionError(f"the codes of {gemm.name} have no shape")
     out_width, in_width = found.codes.shape.numpy()
     last, bias = _biased(gemm, out_width)
-    scale, zero_point = found.row_scale, found.row_zero_point
-    restored, source = _reshaped(last, found.rows, in_width, out_width)
+    scale, zero_point = found.value_scale, found.value_zero_point
+    restored, source = _reshaped(last, found.values, in_width, out_width)
     anchor = last if restored is None else restored
     editor = GraphEditor(graph, anchor, str(gemm.name))
     kind = gemm.outputs[0].type
-    codes = found.row_codes
+    codes = found.value_codes
     if source is not None:
         kind_of_codes = ir.TensorType(ir.DataType.UINT8)
         codes = editor.emit("QuantizeLinear", [source, scale, zero_point], kind=kind_of_codes, shape=_sizes(source))
@@ -201,10 +140,6 @@ def _numbers(value: ir.Value | None) -> list[int] | None:
     if value is None or value.const_value is None:
         return None
     return [int(number) for number in value.const_value.numpy().reshape(-1)]
-
-
-def _is_zero(value: ir.Value | None) -> bool:
-    return value is None or (value.const_value is not None and not np.any(value.const_value.numpy()))
 
 
 def _sizes(value: ir.Value) -> list[int | None] | None:

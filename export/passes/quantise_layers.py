@@ -1,8 +1,8 @@
 """QuantiseLayersPass: chosen layers read an 8-bit activation and an 8-bit stored weight.
 
 ``x -> QuantizeLinear -> DequantizeLinear -> layer`` with one scale per tensor, and ``codes -> DequantizeLinear ->
-layer`` with one scale per output channel: the form that backends fuse to 8-bit products. (ONNX Runtime's CPU provider
-does so for ``Gemm``; a ``Conv`` there has the numbers of 8 bits and the speed of fp32.) The bias of a ``Gemm`` on uint8
+layer`` with one scale per output channel: the form that backends fuse to 8-bit products. (For ONNX Runtime's CPU
+provider ``LowerIntegerLinearPass`` and ``LowerIntegerConvolutionPass`` do it.) The bias of a ``Gemm`` on uint8
 is added behind it: without a third input ONNX Runtime fuses ``QGemm``, and with a float bias inside it would compute in
 fp32 on dequantised weights. Scales are fp32 whatever the layer computes in; what is dequantised has the layer's type.
 
@@ -57,11 +57,14 @@ class QuantisedLayer:
         codes: The weight in 8 bits, shaped as before: int8 or float8_e4m3fn.
         weight_scale: fp32 ``[out]``.
         activation: How the layer's input may be quantised.
+        output_range: Of an INT8 convolution, the lowest and the highest value that codes of its output stand for; None
+            if they are not known.
     """
 
     codes: ir.TensorProtocol
     weight_scale: ir.TensorProtocol
     activation: ActivationScales
+    output_range: tuple[float, float] | None = None
 
 
 class QuantiseLayersPass(InPlacePass):

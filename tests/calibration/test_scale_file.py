@@ -64,7 +64,7 @@ def test_the_safetensors_library_reads_it(written: Path) -> None:
     with safetensors.safe_open(written, "numpy") as file:
         provenance = json.loads(file.metadata()["reelforge.calibration"])
     assert provenance["checkpoint"] == "sha256:abc"
-    assert provenance["schema_version"] == 2
+    assert provenance["schema_version"] == 3
     header_length = int.from_bytes(written.read_bytes()[:8], "little")
     assert (8 + header_length) % 64 == 0
 
@@ -173,7 +173,7 @@ def test_another_schema_version_is_refused(tmp_path: Path) -> None:
     write_scale_file(path, replace(PROVENANCE, schema_version=1), TENSORS)
     with pytest.raises(CalibrationError, match="is of another version") as caught:
         read_scale_file(path)
-    assert "received: schema version 1   expected: schema version 2" in str(caught.value)
+    assert "received: schema version 1   expected: schema version 3" in str(caught.value)
     assert "fix: calibrate again with this version" in str(caught.value)
 
 

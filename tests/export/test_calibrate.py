@@ -100,6 +100,18 @@ def test_shared_inputs_are_observed_once(plain: Observations) -> None:
     assert readers["single.0.q"] == tuple(f"single.0.{name}" for name in ("q", "k", "v", "fc1"))
 
 
+def test_what_one_convolution_makes_and_another_reads_is_observed_once(plain: Observations) -> None:
+    """The shortcut of a level reads what the upsampling before it made."""
+    both = [value for value in plain.plan.values() if value.outputs_of and value.layers]
+    assert both
+    for value in both:
+        assert value.tensor.kind.value == "activation"
+        assert value.layers[0].endswith("conv_shortcut.conv")
+        assert value.outputs_of[0].endswith("upsamplers.0.conv.conv")
+    names = [value.value.name for value in plain.plan.values()]
+    assert len(names) == len(set(names))
+
+
 @pytest.mark.parametrize("number_format", [INT8, FP8_E4M3])
 def test_scales_are_those_of_the_recorded_tensors(
     plain: Observations, bundle: Bundle, recorded: dict[str, Recording], number_format: object
@@ -112,9 +124,13 @@ def test_scales_are_those_of_the_recorded_tensors(
     layers = [f"{stage}.{layer}.activation" for stage, names in formats.items() for layer in names]
     operands = [f"dit.{name}.{kind}" for name in attention["dit"] for kind in ("query", "key", "value")]
     ranges = [name.replace(".activation", ".range") for name in layers] if number_format is INT8 else []
-    assert set(largest) == set(most) == {*layers, *operands, *ranges}
-    for name in ranges:
-        rows = rows_of(recorded, name.replace(".range", ".activation"), "activation")
+    made = [name for name in recorded["vae_decoder"] if name.removesuffix(".output") in formats["vae_decoder"]]
+    outputs = [f"vae_decoder.{name}" for name in made if name.endswith(".output")] if ranges else []
+    assert bool(outputs) == bool(ranges)
+    assert set(largest) == set(most) == {*layers, *operands, *ranges, *outputs}
+    for name in (*ranges, *outputs):
+        tensor = name.replace(".range", ".activation")
+        rows = rows_of(recorded, tensor, tensor.rpartition(".")[2])
         near = NEAR * np.abs(rows).max()
         ends = np.array([min(rows.min(), 0), max(rows.max(), 0)])
         np.testing.assert_allclose(largest[name], ends, rtol=0, atol=near)

@@ -60,7 +60,8 @@ def test_attentions_are_named_after_their_block() -> None:
 
 @pytest.mark.parametrize("rank", [3, 4])
 def test_layers_and_operands_in_execution_order(rank: int) -> None:
-    found = observed_values(block_graph(rank), "s", ["b.shared", "b.v", "b.proj"], ["b.attention.2"])
+    layers = ["b.shared", "b.v", "b.proj"]
+    found = observed_values(block_graph(rank), "s", layers, ["b.attention.2"], outputs=layers)  # of convolutions only
     layout = ChannelLayout.HEADS if rank == 4 else ChannelLayout.LAST
     assert [(item.value.name, item.tensor.kind, item.layers) for item in found] == [
         ("x", ScaleKind.ACTIVATION, ("b.v",)),
@@ -89,6 +90,10 @@ def test_a_convolution_has_its_channels_on_the_second_axis() -> None:
     model = ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)]))
     (found,) = observed_values(model.graph, "vae_decoder", ["c"])
     assert (found.value.name, found.tensor.channels, found.tensor.layout) == ("padded", 5, ChannelLayout.SECOND)
+    read, made = observed_values(model.graph, "vae_decoder", ["c"], outputs=["c"])
+    assert (read.layers, read.outputs_of, made.layers, made.outputs_of) == (("c",), (), (), ("c",))
+    assert (made.value.name, made.tensor.channels, made.tensor.name) == ("y", 2, "vae_decoder.c.output")
+    assert made.tensor.layout is ChannelLayout.SECOND
 
 
 def test_names_that_the_graph_lacks() -> None:

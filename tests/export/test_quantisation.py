@@ -160,7 +160,7 @@ def test_stages_that_stay_in_high_precision(tiny: TinyStages, stage: str) -> Non
 
 def test_required_scales(tiny: TinyStages) -> None:
     kept = {"llm": tuple(layer for layer in LLM_LAYERS if not layer.endswith("o_proj"))}
-    assert required_scales(formats_of(tiny, kept, llm=Precision.INT8), {}) == [
+    assert required_scales(formats_of(tiny, kept, llm=Precision.INT8), {}, tiny.stages) == [
         "llm.layers.0.self_attn.o_proj.activation",
         "llm.layers.0.self_attn.o_proj.range",
         "llm.layers.1.self_attn.o_proj.activation",
@@ -214,7 +214,7 @@ def test_a_plan_without_smoothing(tiny: TinyStages) -> None:
         assert layer.weight.row_divisors is None
         assert layer.activation == ActivationScales(float(scales.tensors[f"dit.{name}.activation"]))
     assert len({layer.activation.scale for layer in plans["dit"].layers.values()}) == len(DIT_LAYERS)
-    assert required_scales(formats, {}) == [f"dit.{name}.activation" for name in formats["dit"]]
+    assert required_scales(formats, {}, tiny.stages) == [f"dit.{name}.activation" for name in formats["dit"]]
 
 
 def test_inputs_of_int8_layers_have_a_range(tiny: TinyStages) -> None:
@@ -224,7 +224,24 @@ def test_inputs_of_int8_layers_have_a_range(tiny: TinyStages) -> None:
     for index, name in enumerate(formats["dit"]):
         assert layers[name].activation == ActivationScales(0.5 + index, (-float(index), 50.0 + index))
     wanted = [f"dit.{name}.{kind}" for name in formats["dit"] for kind in ("activation", "range")]
-    assert required_scales(formats, {}) == wanted
+    assert required_scales(formats, {}, tiny.stages) == wanted
+
+
+def test_outputs_of_int8_convolutions_have_a_range(tiny: TinyStages) -> None:
+    """And those of linear layers have none, nor those in FP8."""
+    formats = formats_of(tiny, vae_decoder=Precision.INT8)
+    scales = scale_file(formats)
+    layers = tiny.plans(formats, (), scales)["vae_decoder"].layers
+    convolutions = [name for name in formats["vae_decoder"] if name.endswith("conv")]
+    assert 0 < len(convolutions) < len(layers)
+    for index, name in enumerate(formats["vae_decoder"]):
+        assert layers[name].output_range == ((-1.0 - index, 60.0 + index) if name in convolutions else None)
+    required = required_scales(formats, {}, tiny.stages)
+    assert [name for name in required if name.endswith(".output")] == [
+        f"vae_decoder.{name}.output" for name in convolutions
+    ]
+    other = formats_of(tiny, vae_decoder=Precision.FP8)
+    assert not any(name.endswith(".output") for name in required_scales(other, {}, tiny.stages))
 
 
 def test_a_scale_file_that_lacks_a_layer(tiny: TinyStages) -> None:
@@ -291,7 +308,7 @@ def test_attention_in_8_bits(tiny: TinyStages, precision: Precision, number_form
     attentions = attention_formats(recipe, tiny.rules)
     assert attentions == {"dit": dict.fromkeys(ATTENTIONS, number_format)}
     names = [f"dit.{name}.{kind}" for name in ATTENTIONS for kind in ("query", "key", "value")]
-    assert required_scales({}, attentions) == names
+    assert required_scales({}, attentions, tiny.stages) == names
     tensors = {name: np.float32(1 + index) for index, name in enumerate(names)}
     scales = replace(scale_file({}), tensors=tensors)
     plans = plan_quantisation(formats={}, attentions=attentions, groups=(), scales=scales, stages=tiny.stages)

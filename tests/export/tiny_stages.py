@@ -104,7 +104,10 @@ def random_factors(
 
 
 def scale_file(formats: Formats, smoothing: Arrays | None = None) -> ScaleFile:
-    """Return a scale file for every layer of ``formats``; scales count up from 0.5, ranges from 0..50."""
+    """Return a scale file for every layer of ``formats``.
+
+    Scales count up from 0.5, ranges from 0..50, those of outputs from -1..60.
+    """
     layers = [(stage, layer) for stage, names in formats.items() for layer in names]
     tensors = {
         tensor_name(stage, layer, ScaleKind.ACTIVATION): np.float32(0.5 + index)
@@ -115,7 +118,11 @@ def scale_file(formats: Formats, smoothing: Arrays | None = None) -> ScaleFile:
         for index, (stage, layer) in enumerate(layers)
         if formats[stage][layer] is INT8
     }
-    return ScaleFile(Path("test.scales"), PROVENANCE, {**tensors, **ranges, **(smoothing or {})})
+    outputs = {  # of more layers than have one, which does no harm
+        name.removesuffix(ScaleKind.RANGE.value) + ScaleKind.OUTPUT.value: limits + np.array([-1, 10], np.float32)
+        for name, limits in ranges.items()
+    }
+    return ScaleFile(Path("test.scales"), PROVENANCE, {**tensors, **ranges, **outputs, **(smoothing or {})})
 
 
 def changed(parameters: Arrays, plan: StagePlan | None) -> dict[str, NDArray[np.float32]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from reelforge.calibration.scale_file import Provenance, ScaleKind, format_text, write_scale_file
+from reelforge.calibration.scale_file import RANGES, Provenance, format_text, write_scale_file
 from reelforge.export.build_request import BuildRequest
 from reelforge.export.build_source import open_source
 from reelforge.export.calibration_plan import format_names
@@ -30,11 +30,12 @@ def write_invented_scales(request: BuildRequest, path: Path, scale: float = SCAL
     source = open_source(request)
     recipe = source.recipe()
     rules = source.family.quantisation(source.spec)
-    formats = quantised_formats(recipe, rules, {stage.name: stage for stage in source.stages})
+    stages = {stage.name: stage for stage in source.stages}
+    formats = quantised_formats(recipe, rules, stages)
     attentions = attention_formats(recipe, rules)
     tensors = {
-        name: np.array([-128 * scale, 127 * scale] if name.endswith(f".{ScaleKind.RANGE.value}") else scale, np.float32)
-        for name in required_scales(formats, attentions)
+        name: np.array([-128 * scale, 127 * scale] if name.endswith(RANGES) else scale, np.float32)
+        for name in required_scales(formats, attentions, stages)
     }
     provenance = Provenance(
         checkpoint=source.fingerprint(),
