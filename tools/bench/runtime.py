@@ -20,13 +20,14 @@ import click
 from reelforge.tools.bench import (
     report,
     runtime_against_diffusers,
+    runtime_decoder,
     runtime_memory,
     runtime_overhead,
     runtime_start,
     sections,
 )
-from reelforge.tools.bench.runtime_against_diffusers import EAGER, FP32, INT8, PROMPTS
-from reelforge.tools.bench.runtime_bundles import Models, task
+from reelforge.tools.bench.runtime_against_diffusers import EAGER, FP32, INT8, INT8_DECODER, PROMPTS
+from reelforge.tools.bench.runtime_bundles import EIGHT_BIT, Models, task
 from reelforge.tools.bench.runtime_child import Task
 from reelforge.tools.bench.runtime_soak import BLOCKS
 
@@ -37,12 +38,14 @@ TITLES = {
     "start": "Cold start",
     "demo": "Beside diffusers: the demonstration model",
     "mid": "Beside diffusers: 0.3 billion parameters",
+    "decoder": "Decoding in 8 bits",
     "memory": "Memory over time",
     "soak": "200 requests of mixed sizes",
 }
 DEMO_STEPS, MID_STEPS = 20, 5
 START_RUNS, MID_START_RUNS = 3, 2
 SOAK_REQUESTS = 200
+OURS = {FP32: "fp32", INT8: "int8", INT8_DECODER: EIGHT_BIT}
 MEMORY_SIZES = {"demo": 128, "wide-vae": 64}
 PICTURE = "runtime_memory.svg"
 
@@ -74,10 +77,10 @@ class Sections:
     def start(self) -> list[str]:
         """Return the section on cold starts."""
         demo = runtime_against_diffusers.jobs(
-            self.models.checkpoint, self.models.demo("fp32"), self.models.demo("int8"), ()
+            self.models.checkpoint, {FP32: self.models.demo("fp32"), INT8: self.models.demo("int8")}, ()
         )
         mid = runtime_against_diffusers.jobs(
-            self.models.mid_checkpoint(), self.models.mid("fp32"), self.models.mid("int8"), ()
+            self.models.mid_checkpoint(), {FP32: self.models.mid("fp32"), INT8: self.models.mid("int8")}, ()
         )
         cases = [
             ("Demonstration model", demo, self._two(self.models.demo("fp32"), DEMO_STEPS), START_RUNS),
@@ -92,18 +95,16 @@ class Sections:
 
     def demo(self) -> list[str]:
         """Return the comparison on the demonstration model."""
-        jobs = runtime_against_diffusers.jobs(
-            self.models.checkpoint, self.models.demo("fp32"), self.models.demo("int8"), ("bf16",)
-        )
+        bundles = {name: self.models.demo(precision) for name, precision in OURS.items()}
+        jobs = runtime_against_diffusers.jobs(self.models.checkpoint, bundles, ("bf16",))
         tasks = self._tasks(self.models.demo("fp32"), DEMO_STEPS)
         runs = runtime_against_diffusers.measure(jobs, tasks, self.work / "demo")
         return [*self._explain(tasks[0]), *runtime_against_diffusers.case_lines(runs)]
 
     def mid(self) -> list[str]:
         """Return the comparison on the larger, synthetic model."""
-        jobs = runtime_against_diffusers.jobs(
-            self.models.mid_checkpoint(), self.models.mid("fp32"), self.models.mid("int8"), ("bf16",)
-        )
+        bundles = {name: self.models.mid(precision) for name, precision in OURS.items()}
+        jobs = runtime_against_diffusers.jobs(self.models.mid_checkpoint(), bundles, ("bf16",))
         tasks = self._tasks(self.models.mid("fp32"), MID_STEPS)
         runs = runtime_against_diffusers.measure(jobs, tasks, self.work / "mid")
         return [
@@ -112,6 +113,20 @@ class Sections:
             "",
             *runtime_against_diffusers.case_lines(runs),
         ]
+
+    def decoder(self) -> list[str]:
+        """Return the section on the decoder in 8 bits."""
+        models = self.models
+        return runtime_decoder.section(
+            [
+                runtime_decoder.Case("Demonstration model", models.demo("fp32"), models.demo(EIGHT_BIT), (3, 8, 8)),
+                runtime_decoder.Case("the same", models.demo("fp32"), models.demo(EIGHT_BIT), (16, 16, 16)),
+                runtime_decoder.Case("0.3 billion parameters", models.mid("fp32"), models.mid(EIGHT_BIT), (5, 32, 32)),
+                runtime_decoder.Case(
+                    "The published VAE's widths", models.wide_vae(), models.wide_vae(EIGHT_BIT), (5, 8, 8)
+                ),
+            ]
+        )
 
     def memory(self) -> list[str]:
         """Return the section on memory over time."""
@@ -219,6 +234,7 @@ def main(output: Path, work: Path, only: tuple[str, ...], checkpoint: Path, roun
         "start": contents.start,
         "demo": contents.demo,
         "mid": contents.mid,
+        "decoder": contents.decoder,
         "memory": contents.memory,
         "soak": contents.soak,
     }

@@ -24,6 +24,7 @@ GOAL_INT8 = 2.0
 WARM_STEPS = 2
 PAUSE_S = 0.5  # idle threads of the contender before have stopped spinning by then
 FP32, INT8, EAGER = "reelforge fp32", "reelforge int8", "diffusers fp32"
+INT8_DECODER = "reelforge int8, decoder too"
 # Of one length in any tokenizer, be it of words or of letters.
 PROMPTS = (
     "a red circle moving left on a black background",
@@ -59,9 +60,9 @@ class Run:
     file_bytes: int
 
 
-def jobs(checkpoint: Path, fp32: Path, int8: Path, compiled: Sequence[str]) -> dict[str, Job]:
+def jobs(checkpoint: Path, bundles: Mapping[str, Path], compiled: Sequence[str]) -> dict[str, Job]:
     """Return the contenders: our bundles, diffusers eager, and diffusers compiled in the types ``compiled``."""
-    contenders = {FP32: Job("reelforge", str(fp32)), INT8: Job("reelforge", str(int8))}
+    contenders = {name: Job("reelforge", str(bundle)) for name, bundle in bundles.items()}
     for name, dtype in {"fp32": "float32", "bf16": "bfloat16"}.items():
         contenders[f"diffusers {name}"] = Job("diffusers", str(checkpoint), dtype)
         if name in compiled:
@@ -168,18 +169,15 @@ def goals(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
     by_name = {run.name: run for run in runs}
     best = best_peer(runs)
     faster = statistics.median(ratios(by_name[EAGER], by_name[FP32]))
-    quantised = statistics.median(ratios(best, by_name[INT8]))
-    rows = [
-        ("fp32 faster than eager fp32", f"{faster:.2f} times as fast", _met(faster > 1)),
-        (
-            f"int8 at least {GOAL_INT8:g} times as fast as the best of diffusers",
-            f"{quantised:.2f} times as fast as {best.name}",
-            _met(quantised >= GOAL_INT8),
-        ),
-    ]
+    rows = [("fp32 faster than eager fp32", f"{faster:.2f} times as fast", _met(faster > 1))]
+    eight_bit = [name for name in (INT8, INT8_DECODER) if name in by_name]
+    for name in eight_bit:
+        times = statistics.median(ratios(best, by_name[name]))
+        what = f"{name}: at least {GOAL_INT8:g} times as fast as the best of diffusers"
+        rows.append((what, f"{times:.2f} times as fast as {best.name}", _met(times >= GOAL_INT8)))
     peers = [run for run in runs if run.name.startswith("diffusers")]
     smallest = min(peers, key=lambda run: run.anonymous_bytes)
-    for name in (FP32, INT8):
+    for name in (FP32, *eight_bit):
         ours = by_name[name]
         text = (
             f"{ours.anonymous_bytes / 1e6:.0f} MB, the smallest {smallest.anonymous_bytes / 1e6:.0f} ({smallest.name})"

@@ -21,8 +21,13 @@ from reelforge.tools.bench.runtime_child import Task
 from reelforge.tools.synthesize import synthesize
 from reelforge.tools.synthesize_files import Content
 
+EIGHT_BIT = "int8-decoder"
+"""INT8 with the decoder, too, beside ``int8`` as the command line means it."""
+
 MID_CALIBRATION_STEPS = 2
 MID_CALIBRATION_PROMPTS = ("a red circle moving right on a black background", "a blue square")
+
+_WORDS = {EIGHT_BIT: "dit=int8,vae_decoder=int8"}
 
 
 @dataclass(frozen=True)
@@ -39,11 +44,12 @@ class Models:
 
     def build_all(self) -> None:
         """Build whatever is missing."""
-        for precision in ("fp32", "int8"):
+        for precision in ("fp32", "int8", EIGHT_BIT):
             self.demo(precision)
             self.mid(precision)
         self.demo("fp32", numerics="tencent")
         self.wide_vae()
+        self.wide_vae(EIGHT_BIT)
 
     def demo(self, precision: str, numerics: str = "diffusers") -> Path:
         """Return the bundle of the demonstration model, calibrated as ``make demo`` does for int8."""
@@ -65,13 +71,23 @@ class Models:
         options = ["--attention", "int8", "--calibration-steps", str(MID_CALIBRATION_STEPS), "--no-gate"]
         return self._bundle("mid", self.mid_checkpoint(), precision, prompts, options)
 
-    def wide_vae(self) -> Path:
+    def wide_vae(self, precision: str = "fp32") -> Path:
         """Return a bundle with the demonstration model's transformer and the published VAE's widths, invented weights.
 
-        Its values are mostly zeros, which take as long and as much memory as others.
+        Its values are mostly zeros, which take as long and as much memory as others, and so are its scales.
         """
         checkpoint = self._checkpoint("wide-vae", Content.SPARSE)
-        return self._bundle("wide-vae", checkpoint, "fp32", None, [], numerics="tencent")
+        options = [] if precision == "fp32" else ["--scales", str(self._invented(checkpoint)), "--no-gate"]
+        return self._bundle("wide-vae", checkpoint, precision, None, options, numerics="tencent")
+
+    def _invented(self, checkpoint: Path) -> Path:
+        from reelforge.export.build_request import BuildRequest
+        from reelforge.runtime.recipe import Backend, Precision, Target
+        from reelforge.tools.bench.invented_scales import write_invented_scales
+
+        precision = dict.fromkeys(("dit", "vae_decoder"), Precision.INT8)
+        request = BuildRequest(checkpoint, self.folder, Target(Backend.CPU), precision)
+        return write_invented_scales(request, self.folder / f"{checkpoint.stem}.safetensors")
 
     def _checkpoint(self, size: str, content: Content | None) -> Path:
         path = self.folder / f"{size}.checkpoint"
@@ -90,9 +106,9 @@ class Models:
         if path.exists():
             return path
         command = [sys.executable, "-m", "reelforge.tools.build_engine", str(checkpoint), "-o", str(path)]
-        command += ["--precision", precision, "--numerics", numerics]
-        if precision == "int8":
-            command += ["--calibration-prompts", str(prompts), *options]
+        command += ["--precision", _WORDS.get(precision, precision), "--numerics", numerics]
+        if precision != "fp32":
+            command += [*([] if prompts is None else ["--calibration-prompts", str(prompts)]), *options]
         try:
             subprocess.run([*command, "--json"], check=True, stdout=subprocess.DEVNULL)
         except subprocess.CalledProcessError as error:

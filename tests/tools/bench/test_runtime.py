@@ -13,7 +13,14 @@ import pytest
 from click.testing import CliRunner
 
 from reelforge.runtime.events import Notice, Progress
-from reelforge.tools.bench import runtime, runtime_memory, runtime_memory_chart, runtime_start, sections
+from reelforge.tools.bench import (
+    runtime,
+    runtime_decoder,
+    runtime_memory,
+    runtime_memory_chart,
+    runtime_start,
+    sections,
+)
 from reelforge.tools.bench import runtime_against_diffusers as against
 from reelforge.tools.bench import runtime_overhead as overhead
 from reelforge.tools.bench.runtime_bundles import Models, task
@@ -117,18 +124,40 @@ def run_of(name: str, *seconds: float, megabytes: int = 100) -> against.Run:
 def test_goals_are_ratios_of_the_same_round_and_misses_are_marked() -> None:
     eager, bf16 = run_of(against.EAGER, 4.0, 8.0), run_of("diffusers bf16", 3.0, 6.0, megabytes=80)
     runs = [run_of(against.FP32, 2.0, 8.0, megabytes=90), run_of(against.INT8, 1.0, 4.0, megabytes=50), eager, bf16]
+    whole = run_of(against.INT8_DECODER, 2.0, 4.0, megabytes=95)
     assert against.best_peer(runs) is bf16
     assert against.ratios(eager, runs[0]) == [2.0, 1.0]
     assert against.goals(runs) == [
         ("fp32 faster than eager fp32", "1.50 times as fast", "met"),
-        ("int8 at least 2 times as fast as the best of diffusers", "2.25 times as fast as diffusers bf16", "met"),
+        (
+            "reelforge int8: at least 2 times as fast as the best of diffusers",
+            "2.25 times as fast as diffusers bf16",
+            "met",
+        ),
         ("reelforge fp32: less peak memory than any", "90 MB, the smallest 80 (diffusers bf16)", "**missed**"),
         ("reelforge int8: less peak memory than any", "50 MB, the smallest 80 (diffusers bf16)", "met"),
     ]
+    with_decoder = against.goals([*runs, whole])
+    assert with_decoder[2] == (
+        "reelforge int8, decoder too: at least 2 times as fast as the best of diffusers",
+        "1.50 times as fast as diffusers bf16",
+        "**missed**",
+    )
+    assert with_decoder[-1][0].startswith("reelforge int8, decoder too: less peak memory")
     slow = [replace(run, seconds=(5.0, 9.0)) if "reelforge" in run.name else run for run in runs]
     assert [verdict for _, _, verdict in against.goals(slow)][:2] == ["**missed**", "**missed**"]
     assert against.psnr_db(np.full(4, 10, np.uint8), np.full(4, 10, np.uint8)) == float("inf")
     assert against.psnr_db(np.full(4, 0, np.uint8), np.full(4, 255, np.uint8)) == 0.0
+
+
+def test_the_decoder_in_8_bits_is_timed_in_turns(tiny_bundle: Path) -> None:
+    case = runtime_decoder.Case("tiny", tiny_bundle, tiny_bundle, (2, 4, 6))
+    times = runtime_decoder.measure(case, rounds=2)
+    assert len(times.fp32) == len(times.int8) == 2
+    assert min(*times.fp32, *times.int8) > 0
+    made = runtime_decoder.Times((2.0, 3.0), (1.0, 3.0))
+    lines = runtime_decoder.section([case], lambda _case: made)
+    assert "| tiny | 2x4x6 | 2.500 (2.000-3.000) | 2.000 (1.000-3.000) | 1.50 (1.00-2.00) |" in lines
 
 
 def test_peaks_of_memory_are_those_of_their_phase() -> None:
@@ -205,7 +234,10 @@ def test_only_some_sections_are_measured_again(tmp_path: Path, monkeypatch: pyte
     assert "Not measured yet: `--only memory`." in text
     wrong = CliRunner().invoke(runtime.main, [*options, "--only", "import,nothing"])
     assert wrong.exit_code == 2
-    assert "no section is called nothing; there are overhead, import, start, demo, mid, memory, soak" in wrong.output
+    assert (
+        "no section is called nothing; there are overhead, import, start, demo, mid, decoder, memory, soak"
+        in wrong.output
+    )
 
 
 def test_growth_is_marked() -> None:
