@@ -83,7 +83,7 @@ def section(cases: Sequence[Case], measured: Callable[[Case], Times] = measure) 
         )
     return [
         "One tile by `vae_decoder` in fp32 and in INT8 (`--precision dit=int8,vae_decoder=int8`), in one process and",
-        f"in turns: median of {ROUNDS} rounds (smallest-largest). What it does to the picture is in the sections before.",
+        f"in turns: median of {ROUNDS} rounds (smallest-largest). What it does to the picture stands above.",
         "",
         *report.table(("model", "latent tile", "s in fp32", "s in INT8", "times as fast"), rows),
     ]
