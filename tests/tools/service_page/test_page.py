@@ -151,6 +151,17 @@ def test_delete_asks_first(page: Page, service: StandIn) -> None:
     expect(page.locator("#stage .prompt")).to_have_text("another")
 
 
+def test_an_answer_that_is_told_late_is_not_the_next_question_s(page: Page, service: StandIn) -> None:
+    """The browser tells that a dialog was closed after the event that closed it, and one can ask again before that."""
+    service.add()
+    open_page(page, service.url)
+    page.get_by_role("button", name="Delete").click()
+    button = page.get_by_role("button", name="Delete", exact=True, include_hidden=True).first
+    button.evaluate("button => { document.getElementById('confirm').close(''); button.click(); }")
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    expect(page.locator("#cards li")).to_have_count(0)
+
+
 def test_the_history_leads_to_each_job_and_back(page: Page, service: StandIn) -> None:
     for index in range(30):
         service.add(prompt=f"number {index}", age_s=1000 - index)

@@ -138,12 +138,23 @@ async function remove(job) {
   past.focus();
 }
 
+// What asks now, to be told its answer; the browser tells that a dialog was closed some time after it was.
+let settle = () => {};
+
 function confirmed() {
   const dialog = find("confirm");
+  settle();
   dialog.returnValue = "";
   dialog.showModal();
   return new Promise((resolve) => {
-    dialog.addEventListener("close", () => resolve(dialog.returnValue === "delete"), { once: true });
+    const closed = () => {
+      if (!dialog.open) settle();
+    };
+    settle = () => {
+      dialog.removeEventListener("close", closed);
+      resolve(dialog.returnValue === "delete");
+    };
+    dialog.addEventListener("close", closed);
   });
 }
 
