@@ -172,8 +172,8 @@ def section(fp32: Path, int8: Path) -> list[str]:
     worst = max(np.median(row.outside) for row in rows[2:4]) * 1e6
     return [
         "Between two events of `Pipeline.stream` one step is done. Its time without that inside ONNX Runtime's",
-        "session is the loop's: choosing the step's rows, checking names and shapes, binding arrays, looking whether",
-        "all latents are finite, the event itself. *An engine that does nothing* leaves only the loop; *a session that",
+        "session is the loop's: choosing what the step reads (all is bound before the first), looking whether all",
+        "latents are finite, the event itself. *An engine that does nothing* leaves only the loop; *a session that",
         "does nothing* adds our engine class around it. The first two steps of a video are left out: they contain",
         "loading.",
         "",
