@@ -31,7 +31,7 @@ class ObservedValue:
         value: The value.
         tensor: What is observed.
         layers: All layers that read it; one attention for its operands; none for what is only an output.
-        outputs_of: The convolution whose output it is, if codes of that are wanted.
+        outputs_of: The one convolution whose output it is, if codes of that are wanted; else none.
     """
 
     value: ir.Value

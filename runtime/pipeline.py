@@ -6,6 +6,7 @@ engines are in memory is decided in ``residency``, how a loop steps is in ``samp
 
 Each phase is a generator that yields what it has to say and returns what it made, so that whoever consumes
 :meth:`Pipeline.stream` decides when the next unit of work begins, and closing it is stopping.
+
 Letters: ``C`` channels, ``T`` ``H`` ``W`` latent frames, rows and columns, ``n`` steps.
 """
 

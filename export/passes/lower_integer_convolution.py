@@ -1,8 +1,9 @@
 """LowerIntegerConvolutionPass: quantised convolutions of videos become ONNX Runtime's integer convolution.
 
 A ``Conv`` of dequantised codes has the numbers of 8 bits and the speed of fp32. ``QLinearConv`` multiplies the codes
-and gives codes of the result, whose range calibration has observed. On one thread of a Zen 4 core, 128 channels take
-21 ms instead of 98 in fp32, 32 channels 15 instead of 33, and 16 channels as long as in fp32.
+and gives codes of the result, whose range calibration has observed. On one thread of a Zen 4 core (single operators,
+the smallest of 5 runs) 128 channels take 21 ms instead of 98 in fp32, 32 channels 15 instead of 33, and 16 channels as
+long as in fp32. Whole decoders are in ``benchmarks/runtime.md``.
 
 What a convolution of few channels loses is that each of its 27 taps reads few bytes. So the columns that a row of taps
 reads are put side by side as channels before: with 16 channels 15 to 17 ms instead of 31, with 32 channels 32 instead
@@ -10,10 +11,10 @@ of 44. Padding by the edge and nearest upsampling copy values, and may as well c
 before them, and they take a quarter of the memory.
 
 For ONNX Runtime's CPU provider alone, which lays channels out last by itself. Its own operator of that kind, in domain
-``com.microsoft``, is as fast and wrong on processors without VNNI: only the standard one is made exact there (see
-``runtime.engines.onnxruntime_library``), and only if it shares no constant. What stays as it was carries its reason in
-``refused``. The pass does not know how codes or ranges were made. A bias of more than 2^31 products of its scales,
-which a channel of nearly no weights could have, is cut off there.
+``com.microsoft``, is as fast, and was wrong in an emulator of a processor without VNNI: only the standard one is made
+exact there (see ``runtime.engines.onnxruntime_library``), and only if it shares no constant. What stays as it was
+carries its reason in ``refused``. The pass does not know how codes or ranges were made. A bias of more than 2^31
+products of its scales, which a channel of nearly no weights could have, is cut off there.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class Models:
     def wide_vae(self, precision: str = "fp32") -> Path:
         """Return a bundle with the demonstration model's transformer and the published VAE's widths, invented weights.
 
-        Its values are mostly zeros, which take as long and as much memory as others, and so are its scales.
+        Its values are mostly zeros, which take as long and as much memory as others; scales are invented, too.
         """
         checkpoint = self._checkpoint("wide-vae", Content.SPARSE)
         options = [] if precision == "fp32" else ["--scales", str(self._invented(checkpoint)), "--no-gate"]

@@ -138,7 +138,8 @@ async function remove(job) {
   past.focus();
 }
 
-// What asks now, to be told its answer; the browser tells that a dialog was closed some time after it was.
+// Answers the question that was asked last. The browser fires "close" some time after a dialog was closed, and the next
+// question may be open by then: that event is not its answer.
 let settle = () => {};
 
 function confirmed() {
